@@ -1,0 +1,84 @@
+"""The contract between a source of Kubernetes objects and the engine."""
+
+from __future__ import annotations
+
+from typing import Literal, Protocol
+
+import msgspec
+
+from .objects import APIObject, Kind
+
+ALL_KINDS: tuple[Kind, ...] = ("Service", "EndpointSlice", "Node", "ServiceCIDR")
+
+
+class Applied(msgspec.Struct, frozen=True):
+    """An object is there now, new or changed; it replaces the one of its kind, namespace and name."""
+
+    object: APIObject
+
+
+class Deleted(msgspec.Struct, frozen=True):
+    """An object is gone."""
+
+    kind: Kind
+    namespace: str
+    name: str
+
+
+class Replaced(msgspec.Struct, frozen=True):
+    """The complete set of objects of one kind: what is not in it is gone."""
+
+    kind: Kind
+    objects: tuple[APIObject, ...]
+
+
+class Synced(msgspec.Struct, frozen=True):
+    """Everything that was there at the start has been delivered.  Nothing is programmed before."""
+
+
+class Trouble(msgspec.Struct, frozen=True):
+    """Something could not be read; what it last said stays in force.  `subject` names file and line, or the object.
+
+    An empty `reason` says that the trouble with this subject is over.
+    """
+
+    subject: str
+    reason: str
+
+
+class Health(msgspec.Struct, frozen=True):
+    """The source's own state: `stale` while it may be missing changes."""
+
+    state: Literal["live", "stale", "ended"]
+    reason: str = ""
+
+
+Event = Applied | Deleted | Replaced | Synced | Trouble | Health
+
+
+class Sink(Protocol):
+    """Where a source puts events; may be called from any thread, never blocks for long."""
+
+    def put(self, events: list[Event]) -> None: ...
+
+
+class SourceContext(msgspec.Struct, frozen=True, kw_only=True):
+    """`argument` is what stands behind the colon of `--source NAME:ARGUMENT`."""
+
+    argument: str
+    node_name: str
+    pace: float | None = None
+    """Speed of a recording: 1.0 as it was, None at once."""
+
+
+class Source(Protocol):
+    """A source runs on one thread of its own."""
+
+    def run(self, sink: Sink) -> None:
+        """Deliver events until stop(); returns early when a finite source has ended.
+
+        Raises SourceError: it cannot go on; what was delivered stays in force.
+        """
+
+    def stop(self) -> None:
+        """End run() within a second.  From any thread, also before run() and twice."""
