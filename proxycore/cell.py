@@ -1,8 +1,8 @@
 """A cell: one plugin behind a plugin manager of its own, so that what it does wrong stays with it.
 
-Everything that a plugin raises, `SystemExit` included, becomes a `PluginError` that names plugin, distribution, version
-and cause; errors of proxycore's own (`KernelError`, `SourceError`, ...) pass, being part of the contract.  What a hook
-returns is checked against the contract before anyone relies on it.
+Everything that a plugin raises, `SystemExit` included, becomes a `PluginError` that names plugin,
+distribution, version and cause; errors of proxycore's own (`KernelError`, `SourceError`, ...) pass, being
+part of the contract.  What a hook returns is checked against the contract before anyone relies on it.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ Trace = Callable[[str], None]
 
 
 class Result(NamedTuple):
-    """What a hook has to return: a value of `kind`, or a tuple of such; `default` if the plugin has no such hook."""
+    """What a hook has to return: a value of `kind`, or a tuple of such; `default` if it is missing."""
 
     kind: type
     many: bool = False
@@ -67,7 +67,10 @@ REQUIRED: dict[type, tuple[str, ...]] = {
 
 
 class Cell:
-    """One loaded plugin.  `name` is its entry point's, `distribution` the package and version that brings it."""
+    """One loaded plugin.
+
+    `name` is its entry point's, `distribution` the package and version that brings it.
+    """
 
     def __init__(
         self, plugin: object, spec: type, *, name: str, distribution: str, trace: Trace | None = None
@@ -108,7 +111,8 @@ class Cell:
     def call(self, hook: str, **arguments: object) -> Any:
         """Call one hook; a missing one gives its default.
 
-        Raises ProxyError as the plugin raised it, PluginError for anything else that it raised or wrongly returned.
+        Raises ProxyError as the plugin raised it, PluginError for anything else that it raised or wrongly
+        returned.
         """
         caller = self._callers.get(hook)
         if caller is None:
@@ -218,7 +222,7 @@ def hooks_of(spec: type) -> tuple[str, ...]:
 
 
 def cause_of(error: BaseException) -> str:
-    """What was raised, and the deepest place in the code, in one line: `KeyError: 'x' at program.py:12 in run`."""
+    """What was raised, and the deepest place in the code: `KeyError: 'x' at program.py:12 in run`."""
     text = " ".join(str(error).split())
     place = ""
     for frame in _frames(error.__traceback__):

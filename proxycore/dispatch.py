@@ -1,12 +1,12 @@
 """The threads on which plugins run: the engine hands work over and goes on at once.
 
-`BackendRunner`: one thread, one call at a time, in the order of submission; every call is answered exactly once through
-the callable given at construction.  `ObserverRunner`: a thread and a bounded queue for each observer; one that cannot
-keep up misses events, is counted, and is then brought up to date by one full batch.
+`BackendRunner`: one thread, one call at a time, in the order of submission; every call is answered exactly
+once through the callable given at construction.  `ObserverRunner`: a thread and a bounded queue for each
+observer; one that cannot keep up misses events, is counted, and is then brought up to date by one full batch.
 
-A call past its deadline is named and counted but not interrupted, since Python cannot: it is left behind.  For a
-backend nothing else runs meanwhile (two calls at once would break its promise of one at a time), so its owner asks
-`overdue()` and reports itself as not alive.
+A call past its deadline is named and counted but not interrupted, since Python cannot: it is left behind.
+For a backend nothing else runs meanwhile (two calls at once would break its promise of one at a time), so its
+owner asks `overdue()` and reports itself as not alive.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ class _Running(NamedTuple):
 
 
 class _Watch:
-    """Remembers the call that runs, and counts each that outlives its deadline once, whoever notices first."""
+    """Remembers the call that runs, and counts one that outlives its deadline once, whoever notices first."""
 
     def __init__(self, owner: str, log: Log, clock: Clock) -> None:
         self.overdue_total = 0
@@ -189,7 +189,10 @@ class BackendRunner:
         self._calls.put((kind, args))
 
     def close(self, timeout: float) -> bool:
-        """End the thread after what was submitted; False if it still runs after `timeout` seconds and is left behind."""
+        """End the thread after what was submitted.
+
+        False if it still runs after `timeout` seconds: it is left behind.
+        """
         if not self._closed:
             self._closed = True
             self._calls.put(None)
@@ -244,8 +247,8 @@ class ObserverRunner:
     ) -> None:
         """`snapshot` is called on the observer's thread after it missed events, and may wait for the engine.
 
-        It returns a full batch of all that is in force, its generation that of the last batch it covers; None while
-        nothing is in force.
+        It returns a full batch of all that is in force, its generation that of the last batch it covers; None
+        while nothing is in force.
         """
         self.cell = cell
         self.dropped_total = 0
@@ -354,7 +357,7 @@ class ObserverRunner:
             if self._closing:
                 return None
             if self._resync:
-                # Cleared before the snapshot is taken: what comes later is either in it, told by its generation, or new.
+                # Cleared before the snapshot is taken: a later event is in it, as generations tell, or new.
                 self._resync = False
                 return _RESYNC
             return self._events.popleft()

@@ -1,7 +1,7 @@
 """Structured logs on the standard library: one line an entry, `key=value` text or JSON.
 
-Values come from the API and from plugins; a line holds no character of theirs that could end it, open a new field or
-move a terminal's cursor.  Keys are Kubernetes' (`service=ns/name`).
+Values come from the API and from plugins; a line holds no character of theirs that could end it, open a new
+field or move a terminal's cursor.  Keys are Kubernetes' (`service=ns/name`).
 
 Fields of a line: `time` (RFC 3339, UTC, milliseconds), `level`, `msg`, `logger`, then the entry's own.
 """
@@ -20,7 +20,7 @@ from typing import Literal, TextIO
 Format = Literal["text", "json"]
 
 DEBUG_VERBOSITY = 4
-"""kube-proxy's `-v` from which on entries per Service are printed; 0 to 3 are one level, as nothing lies between."""
+"""kube-proxy's `-v` from which on entries per Service are printed; 0 to 3 are all the same."""
 
 LIBRARY_VERBOSITY = 6
 """`-v` from which on libraries may say what they are doing; below, only their warnings appear."""
@@ -152,7 +152,7 @@ def _key(key: str) -> str:
 
 
 def _scalar(value: object) -> str | int | float | bool | None:
-    """JSON has no infinity; anything that is not a scalar is told by its text, and text that fails by its type."""
+    """The value as JSON can hold it: no infinity; an object by its text, or its type if that fails."""
     if value is None or isinstance(value, bool | int):
         return value
     if isinstance(value, float):
