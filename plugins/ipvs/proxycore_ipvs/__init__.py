@@ -1,1 +1,46 @@
-"""placeholder"""
+"""The ipvs backend's place: this version programs nothing, and every call that should says so."""
+
+from __future__ import annotations
+
+from proxycore.api import (
+    ApplyResult,
+    BackendContext,
+    BackendInfo,
+    ChangeBatch,
+    PluginError,
+    Probe,
+    Started,
+    hookimpl,
+)
+
+MISSING = "the ipvs backend is not written yet"
+
+
+class Planned:
+    """A backend that claims no capability and refuses to start."""
+
+    @hookimpl
+    def proxycore_backend_describe(self) -> BackendInfo:
+        return BackendInfo(
+            name="ipvs",
+            summary="not available yet: planned (IPVS virtual servers and ipset)",
+            api=">=0.1,<0.2",
+            capabilities=frozenset(),
+        )
+
+    @hookimpl
+    def proxycore_backend_probe(self, context: BackendContext) -> Probe:
+        return Probe(problems=(MISSING,))
+
+    @hookimpl
+    def proxycore_backend_start(self, context: BackendContext) -> Started:
+        raise PluginError("ipvs", MISSING)
+
+    @hookimpl
+    def proxycore_backend_apply(self, batch: ChangeBatch) -> ApplyResult:
+        raise PluginError("ipvs", MISSING)
+
+
+def plugin() -> Planned:
+    """Factory that the entry point names."""
+    return Planned()
