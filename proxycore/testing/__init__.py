@@ -1,0 +1,1 @@
+"""For those who test a backend: a packet lab in network namespaces and the conformance scenarios."""
