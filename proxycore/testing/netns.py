@@ -2,7 +2,7 @@
 
 A thread of its own lives in each `Namespace` and a file descriptor holds it, so that nothing has to be swept
 up after a crash and a user namespace does as well as root.  Sockets, processes and settings of the namespace
-are made on that thread; a socket then works from any thread.  `publish()` gives it a name under /run/netns, for
+are made on that thread; a socket then works from any thread.  `publish()` names it under /run/netns, for
 a person with `ip netns exec`.
 
 Links, addresses and routes are written by `ip -batch`, one process for many commands: 3 ms, against 700 ms
