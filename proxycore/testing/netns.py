@@ -263,12 +263,12 @@ def veth(
     """
     peer = f"/proc/self/fd/{there.fd}"
     here.ip(
-        ["link", "add", name, "address", mac, "mtu", str(mtu), "type", "veth"]
+        ["link", "add", "name", name, "address", mac, "mtu", str(mtu), "type", "veth"]
         + ["peer", "name", peer_name, "address", peer_mac, "mtu", str(mtu), "netns", peer],
-        ["link", "set", name, "up"],
+        ["link", "set", "dev", name, "up"],
         pass_fds=(there.fd,),
     )
-    there.ip(["link", "set", peer_name, "up"])
+    there.ip(["link", "set", "dev", peer_name, "up"])
 
 
 def close_all(namespaces: Iterable[Namespace]) -> None:
