@@ -1,0 +1,1 @@
+"""Typed edges to the kernel: one netlink family or tool a module."""
