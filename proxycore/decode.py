@@ -1,6 +1,6 @@
 """API JSON, and values parsed from YAML, to the objects that a proxy reads.
 
-Unknown fields are skipped; what the API itself would refuse in a field that we read is refused, naming the field.
+Unknown fields are skipped; what the API would refuse in a field that we read is refused, naming the field.
 Nothing is said about addresses or combinations of fields: those are judged where they are used.
 """
 

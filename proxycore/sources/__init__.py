@@ -1,0 +1,1 @@
+"""Sources of Kubernetes objects: a folder of manifests, a recording."""
