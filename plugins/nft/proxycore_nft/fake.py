@@ -1,0 +1,215 @@
+"""An in-memory nf_tables beside the real one, strict where the kernel is strict, for tests without rights.
+
+It takes the same bytes.  It knows tables, chains, sets with their elements and references between them; it sees no packets.
+A batch works on a copy, so that a refused one leaves nothing.
+"""
+
+from __future__ import annotations
+
+import copy
+import errno
+import hashlib
+import re
+from collections.abc import Callable, Sequence
+
+from proxycore.api import KernelError
+from proxycore.kernel.netlink import attributes, parse_attributes, text_of
+
+from . import encode
+from .encode import Body
+from .kernel import Element, Refusal, Refused, parse_element
+
+
+class FakeSet:
+    """Elements by key; an interval's start and end marks, and ranges, are told apart."""
+
+    def __init__(self, is_map: bool) -> None:
+        self.is_map = is_map
+        self.elements: dict[tuple[bytes, bytes | None, int], Element] = {}
+
+
+class FakeTable:
+    def __init__(self) -> None:
+        self.sets: dict[str, FakeSet] = {}
+        self.chains: dict[str, bool] = {}
+        self.rules: dict[str, list[bytes]] = {}
+
+
+class _Refuse(Exception):
+    def __init__(self, number: int, text: str, offset: int | None = None) -> None:
+        self.refusal = (number, text, offset)
+
+
+class FakeKernel:
+    """Same interface as NetlinkKernel.  `refuse` may name a reason to refuse an element, for tests of faults."""
+
+    def __init__(self) -> None:
+        self.state: dict[tuple[str, str], FakeTable] = {}
+        self.number = 1
+        self.refuse: Callable[[str, bytes], str | None] = lambda name, key: None
+        self.fail_next: int | None = None
+        """errno that the next commit fails with as a whole."""
+        self.commits = 0
+        self.messages = 0
+
+    def close(self) -> None:
+        """Nothing to give back."""
+
+    def generation(self) -> int:
+        return self.number
+
+    def tables(self, family: str) -> set[str]:
+        return {name for of, name in self.state if of == family}
+
+    def chains(self, family: str, table: str) -> dict[str, bool]:
+        found = self.state.get((family, table))
+        return dict(found.chains) if found else {}
+
+    def rules(self, family: str, table: str) -> dict[str, str]:
+        found = self._table(family, table)
+        return {
+            chain: hashlib.sha256(b"\1".join(rules)).hexdigest()
+            for chain, rules in found.rules.items()
+            if rules
+        }
+
+    def elements(self, family: str, table: str, name: str) -> list[Element]:
+        found = self._table(family, table).sets.get(name)
+        if found is None:
+            raise KernelError(f"there is no set {name}", errno=errno.ENOENT)
+        return list(found.elements.values())
+
+    def find(self, family: str, table: str, name: str, keys: Sequence[bytes]) -> list[Element]:
+        wanted = set(keys)
+        return [item for item in self.elements(family, table, name) if item.key in wanted]
+
+    def _table(self, family: str, table: str) -> FakeTable:
+        found = self.state.get((family, table))
+        if found is None:
+            raise KernelError(f"there is no table {family} {table}", errno=errno.ENOENT)
+        return found
+
+    # -- text --
+
+    def load(self, text: str) -> None:
+        """Understands what skeleton.py writes: tables of sets, maps and chains, `add element`, `delete table`."""
+        state = copy.deepcopy(self.state)
+        for line in text.splitlines():
+            match = re.fullmatch(r"delete table (\S+) (\S+)", line.strip())
+            if match and state.pop((match[1], match[2]), None) is None:
+                raise KernelError(f"nft refused: no table {match[2]}")
+        for block in re.finditer(r"^table (\S+) (\S+) \{\n(.*?)^\}", text, re.DOTALL | re.MULTILINE):
+            table = state.setdefault((block[1], block[2]), FakeTable())
+            self._load_table(table, block[3])
+        for match in re.finditer(r"add element (\S+) (\S+) (\S+) \{(.*)\}", text):
+            if match[3] not in state[match[1], match[2]].sets:
+                raise KernelError(f"nft refused: no set {match[3]}")
+        self.state = state
+        self.number += 1
+
+    @staticmethod
+    def _load_table(table: FakeTable, body: str) -> None:
+        for kind, name, inner in re.findall(
+            r"^\t(map|set|chain) (\S+) \{(.*?)\}$", body, re.DOTALL | re.MULTILINE
+        ):
+            if kind == "chain":
+                table.chains[name] = " hook " in inner
+                lines = [line.strip() for line in re.split(r"[;\n]", inner)]
+                table.rules.setdefault(name, []).extend(line.encode() for line in lines if line)
+            else:
+                table.sets.setdefault(name, FakeSet(kind == "map"))
+
+    # -- batches --
+
+    def commit(self, bodies: Sequence[Body]) -> None:
+        if not bodies:
+            return
+        if self.fail_next is not None:
+            number, self.fail_next = self.fail_next, None
+            raise KernelError("the transaction failed", errno=number)
+        state = copy.deepcopy(self.state)
+        refusals: list[Refusal] = []
+        for position, body in enumerate(bodies):
+            try:
+                self._apply(state, body)
+            except _Refuse as refused:
+                refusals.append(Refusal(position, *refused.refusal))
+        if refusals:
+            raise Refused(refusals)
+        self.state = state
+        self.number += 1
+        self.commits += 1
+        self.messages += len(bodies)
+
+    def _apply(self, state: dict[tuple[str, str], FakeTable], body: Body) -> None:
+        found = parse_attributes(body.payload)
+        table = state.get((body.family, text_of(found[1])))
+        if table is None:
+            raise _Refuse(errno.ENOENT, "no such table")
+        if body.kind == encode.NEWCHAIN:
+            name = text_of(found[3])
+            if len(name) > 127:
+                raise _Refuse(errno.EINVAL, "chain name too long")
+            table.chains.setdefault(name, False)
+        elif body.kind == encode.NEWRULE:
+            self._rule(table, text_of(found[2]), found[4])
+        elif body.kind in (encode.NEWSETELEM, encode.DELSETELEM):
+            self._elements(table, body, found)
+        else:
+            raise _Refuse(errno.EOPNOTSUPP, f"message {body.kind}")
+
+    @staticmethod
+    def _rule(table: FakeTable, chain: str, expressions: memoryview) -> None:
+        if chain not in table.chains:
+            raise _Refuse(errno.ENOENT, "no such chain")
+        for _, item in attributes(expressions):
+            expression = parse_attributes(item)
+            name, inner = text_of(expression[1]), parse_attributes(expression[2])
+            if name in ("lookup", "dynset") and text_of(inner[1]) not in table.sets:
+                raise _Refuse(errno.ENOENT, "no such set")
+            if name == "immediate":
+                verdict = parse_attributes(inner[2]).get(encode.DATA_VERDICT)
+                if verdict is not None and text_of(parse_attributes(verdict)[2]) not in table.chains:
+                    raise _Refuse(errno.ENOENT, "no such chain")
+        table.rules.setdefault(chain, []).append(bytes(expressions))
+
+    def _elements(self, table: FakeTable, body: Body, found: dict[int, memoryview]) -> None:
+        name = text_of(found[2])
+        where = table.sets.get(name)
+        if where is None:
+            raise _Refuse(errno.ENOENT, "no such set")
+        if 3 not in found:
+            where.elements.clear()
+            return
+        if len(found[3]) > encode.LIST_PAYLOAD_MAX:
+            raise _Refuse(errno.EMSGSIZE, "attribute too long")
+        offset = 20 + len(body.payload) - len(found[3])
+        for _, raw in attributes(found[3]):
+            item = parse_element(raw)
+            place = (item.key, item.key_end, item.flags & encode.ELEM_INTERVAL_END)
+            if body.kind == encode.DELSETELEM:
+                if place not in where.elements:
+                    raise _Refuse(errno.ENOENT, "no such element", offset)
+                del where.elements[place]
+            else:
+                self._insert(table, name, where, place, item, offset)
+            offset += len(raw) + 4
+
+    def _insert(
+        self,
+        table: FakeTable,
+        name: str,
+        where: FakeSet,
+        place: tuple[bytes, bytes | None, int],
+        item: Element,
+        offset: int,
+    ) -> None:
+        reason = self.refuse(name, item.key)
+        if reason is not None:
+            raise _Refuse(errno.EINVAL, reason, offset)
+        if item.chain and item.chain not in table.chains:
+            raise _Refuse(errno.ENOENT, "no such chain", offset)
+        there = where.elements.get(place)
+        if there is not None and (there.data, there.chain) != (item.data, item.chain):
+            raise _Refuse(errno.EEXIST, "element exists with other data", offset)
+        where.elements[place] = item
