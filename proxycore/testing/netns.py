@@ -178,10 +178,11 @@ class Namespace:
             raise KernelError(f"{self.label}: {' '.join(argv)} ended with {done.returncode}: {said}")
         return done
 
-    def ip(self, *commands: Sequence[str], pass_fds: Sequence[int] = ()) -> None:
+    def ip(self, *commands: Sequence[str], ipv6: bool = False, pass_fds: Sequence[int] = ()) -> None:
         """Run `ip` commands, each given as its words without `ip`, by one process, in this order.
 
-        Raises KernelError at the first that fails; those before it are in force, those after it are not.
+        `ipv6` is for commands that do not tell their family from an address.  Raises KernelError at the first that
+        fails; those before it are in force, those after it are not.
         """
         lines = []
         for words in commands:
@@ -190,7 +191,12 @@ class Namespace:
             lines.append(" ".join(words))
         if not lines:
             return
-        done = self.run(["ip", "-batch", "-"], stdin="\n".join(lines) + "\n", check=False, pass_fds=pass_fds)
+        done = self.run(
+            ["ip", *(["-6"] if ipv6 else []), "-batch", "-"],
+            stdin="\n".join(lines) + "\n",
+            check=False,
+            pass_fds=pass_fds,
+        )
         if done.returncode != 0:
             said = done.stderr.strip().splitlines()
             where = next((line.rpartition(":")[2] for line in said if line.startswith("Command failed")), "")
