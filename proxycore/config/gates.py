@@ -1,0 +1,30 @@
+"""kube-proxy's feature gates, and what becomes of each."""
+
+from __future__ import annotations
+
+from .field import Treatment
+
+Gate = tuple[Treatment, bool, str]
+"""Treatment, value that holds here, and the reason."""
+
+GATES: dict[str, Gate] = {
+    "AllowServiceExternalIPs": ("obeyed", True, "off: external IPs are not programmed"),
+    "KubeProxyNFTablesLocalhostNodePorts": (
+        "obeyed",
+        False,
+        "on: the backend nft is asked for node ports on loopback addresses that nodePortAddresses names",
+    ),
+    "KubeProxyIPVS": ("ignored", True, "the backend ipvs is maintained here"),
+    "NFTablesNetlink": ("ignored", True, "nftables is always spoken to over netlink"),
+    "NFTablesProxyMode": ("ignored", True, "settled"),
+    "TopologyAwareHints": ("ignored", True, "settled"),
+    "ServiceTrafficDistribution": ("ignored", True, "settled"),
+    "PreferSameTrafficDistribution": ("ignored", True, "settled"),
+    "MultiCIDRServiceAllocator": ("ignored", True, "settled"),
+    "LoadBalancerIPMode": ("ignored", True, "settled"),
+    "KubeProxyDrainingTerminatingNodes": ("ignored", True, "settled"),
+    "ProxyTerminatingEndpoints": ("ignored", True, "settled"),
+    "MinimizeIPTablesRestore": ("ignored", True, "settled"),
+    "IPTablesOwnershipCleanup": ("ignored", True, "settled"),
+    "ServiceInternalTrafficPolicy": ("ignored", True, "settled"),
+}
