@@ -1,0 +1,264 @@
+"""What a Service opens on this node: its frontends per port and family, before any endpoint is looked at.
+
+A plan depends on the Service and on a few facts of the node; endpoints come and go without it being made again.
+
+Semantics: Service v1 as kube-proxy reads it, KEP-1860 (ipMode), externalTrafficPolicy, loadBalancerSourceRanges.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import msgspec
+
+from . import canonical
+from .external import NO_EXTERNAL, External
+from .model import (
+    Family,
+    Frontend,
+    FrontendKind,
+    HostState,
+    LocalPodsByCIDR,
+    Protocol,
+    ServicePortName,
+    family_of,
+)
+from .objects import Service, ServicePort, ServiceSpec
+from .policy import internal_routes
+from .problems import Problem, summarised
+
+RESERVED_PORTS: frozenset[tuple[int, Protocol]] = frozenset(
+    {(22, "TCP"), (10249, "TCP"), (10250, "TCP"), (10256, "TCP")}
+)
+"""Ports that a node needs under its own addresses: ssh, the proxy's metrics and health, kubelet.
+
+kube-proxy lets an external IP be a node's address, and so do we, but not at these ports: the Service would cut off the
+node, or its operators.  A node port may not be one of them either.
+"""
+
+DEFAULT_AFFINITY_SECONDS = 10800
+
+ServiceKey = tuple[str, str]
+"""Namespace and name of a Service."""
+
+
+class PortPlan(NamedTuple):
+    """One Service port of one family: everything of its ServiceState but the endpoints."""
+
+    name: ServicePortName
+    frontends: tuple[Frontend, ...]
+    uses_cluster: bool
+    uses_local: bool
+    affinity_seconds: int | None
+    health_check_node_port: int | None
+
+
+class ServicePlan(NamedTuple):
+    """The plans of all ports and families of a Service.
+
+    `uses_node_ips`, `uses_node_addresses`: it has to be made again when these facts of the node change.
+    """
+
+    service: Service
+    ports: tuple[PortPlan, ...] = ()
+    problems: tuple[Problem, ...] = ()
+    uses_node_ips: bool = False
+    uses_node_addresses: bool = False
+
+
+class PlanFacts(NamedTuple):
+    """The facts of the node that every plan depends on."""
+
+    families: tuple[Family, ...]
+    detector_families: frozenset[Family]
+    masquerade_all: bool
+
+    @classmethod
+    def of(cls, host: HostState) -> PlanFacts:
+        return cls(host.families, detector_families(host), host.masquerade_all)
+
+
+def detector_families(host: HostState) -> frozenset[Family]:
+    """Families in which a local pod can be told.  An interface serves both, a CIDR its own."""
+    detector = host.detect_local
+    if detector is None:
+        return frozenset()
+    if isinstance(detector, LocalPodsByCIDR):
+        return frozenset(family_of(cidr) for cidr in detector.cidrs)
+    return frozenset(("IPv4", "IPv6"))
+
+
+def skip_reason(service: Service) -> str | None:
+    """Why a Service is not proxied in any family; None when it is."""
+    spec = service.spec
+    if spec is None or not spec.cluster_ip:
+        return "it has no cluster IP"
+    if spec.cluster_ip == "None":
+        return "it is headless"
+    return "its type is ExternalName" if spec.type == "ExternalName" else None
+
+
+def cluster_ip(spec: ServiceSpec, family: Family) -> str | None:
+    """The canonical cluster IP of a family; None: the family ignores all of the Service.
+
+    Without `ipFamilies` the family of `clusterIP` decides, otherwise the entry of `clusterIPs` beside the family.  Raises
+    ValueError, with the reason, when what stands there cannot be one.
+    """
+    if not spec.cluster_ip:
+        return None
+    if not spec.ip_families:
+        address = canonical.usable_address(spec.cluster_ip)
+        return address if family_of(address) == family else None
+    for named, text in zip(spec.ip_families, spec.cluster_ips or (spec.cluster_ip,), strict=False):
+        if named == family:
+            address = canonical.usable_address(text)
+            if family_of(address) != family:
+                raise ValueError(f"{address} stands in clusterIPs where ipFamilies says {family}")
+            return address
+    return None
+
+
+def plan(
+    service: Service,
+    host: HostState,
+    *,
+    facts: PlanFacts | None = None,
+    reserved_ports: frozenset[tuple[int, Protocol]] = RESERVED_PORTS,
+) -> ServicePlan:
+    """Work out what a Service opens.  `facts`: those of `host`, where the caller has them at hand."""
+    spec = service.spec
+    if spec is None or skip_reason(service) is not None:
+        return ServicePlan(service)
+    facts = facts or PlanFacts.of(host)
+    problems: list[str] = []
+    ports = _distinct_ports(spec.ports or (), reserved_ports, problems)
+    external = External.of(service, ports, host, reserved_ports, problems)
+    health_port = _health_check_node_port(spec, external.local, problems)
+    affinity = _affinity_seconds(spec, problems)
+    plans: list[PortPlan] = []
+    for family in facts.families:
+        try:
+            address = cluster_ip(spec, family)
+        except ValueError as error:
+            problems.append(f"{family} is ignored: {error}")
+            continue
+        if address is None:
+            continue
+        for port in ports:
+            plans.append(
+                _plan_port(service, spec, port, family, address, external, facts, affinity, health_port)
+            )
+    subject = f"Service {service.metadata.namespace}/{service.metadata.name}"
+    return ServicePlan(
+        service,
+        tuple(plans),
+        tuple([Problem(subject, reason) for reason in summarised(problems)]) if problems else (),
+        uses_node_ips=bool(spec.load_balancer_source_ranges),
+        uses_node_addresses=external.at_reserved_port,
+    )
+
+
+def _plan_port(
+    service: Service,
+    spec: ServiceSpec,
+    port: ServicePort,
+    family: Family,
+    address: str,
+    external: External,
+    facts: PlanFacts,
+    affinity: int | None,
+    health_port: int | None,
+) -> PortPlan:
+    protocol: Protocol = port.protocol or "TCP"
+    detector = family in facts.detector_families
+    internal_local = spec.internal_traffic_policy == "Local"
+    frontends = [
+        Frontend(
+            kind=FrontendKind.CLUSTER_IP,
+            address=address,
+            port=port.port,
+            protocol=protocol,
+            routes=internal_routes(
+                local=internal_local, detector=detector, masquerade_all=facts.masquerade_all
+            ),
+        )
+    ]
+    if external is not NO_EXTERNAL or port.node_port:
+        frontends += external.frontends(port, protocol, family, detector)
+    outward = len(frontends) > 1
+    return PortPlan(
+        ServicePortName(service.metadata.namespace, service.metadata.name, port.name or "", protocol, family),
+        tuple(frontends),
+        uses_cluster=not internal_local or outward,
+        uses_local=internal_local or (external.local and outward),
+        affinity_seconds=affinity,
+        health_check_node_port=health_port,
+    )
+
+
+def _distinct_ports(
+    ports: Iterable[ServicePort], reserved_ports: frozenset[tuple[int, Protocol]], problems: list[str]
+) -> list[ServicePort]:
+    """Ports that can be told apart and exist; of two that collide the first one holds."""
+    kept: list[ServicePort] = []
+    names: set[tuple[str, Protocol]] = set()
+    numbers: set[tuple[int, Protocol]] = set()
+    node_ports: set[tuple[int, Protocol]] = set()
+    for port in ports:
+        protocol: Protocol = port.protocol or "TCP"
+        name = (port.name or "", protocol)
+        if not 0 < port.port < 65536:
+            problems.append(f"port {port.name or port.port!r} is ignored: {port.port} is no port number")
+            continue
+        if name in names or (port.port, protocol) in numbers:
+            problems.append(
+                f"port {port.name or ''!r} {port.port}/{protocol} is ignored: an earlier port has its name or number"
+            )
+            continue
+        node_port = (port.node_port or 0, protocol)
+        why = None
+        if node_port in node_ports:
+            why = "an earlier port has it"
+        elif node_port in reserved_ports:
+            why = "the node needs that port itself"
+        elif not 0 <= node_port[0] < 65536:
+            why = "it is no port number"
+        if why:
+            problems.append(f"node port {node_port[0]}/{protocol} is ignored: {why}")
+            port = msgspec.structs.replace(port, node_port=None)
+        names.add(name)
+        numbers.add((port.port, protocol))
+        if port.node_port:
+            node_ports.add(node_port)
+        kept.append(port)
+    return kept
+
+
+def _health_check_node_port(spec: ServiceSpec, local: bool, problems: list[str]) -> int | None:
+    if spec.type != "LoadBalancer" or not local:
+        return None
+    port = spec.health_check_node_port or 0
+    if not 0 < port < 65536:
+        problems.append(
+            f"healthCheckNodePort {port} is no port number: the load balancer cannot ask this node"
+        )
+        return None
+    return port
+
+
+def _affinity_seconds(spec: ServiceSpec, problems: list[str]) -> int | None:
+    if spec.session_affinity != "ClientIP":
+        return None
+    config = spec.session_affinity_config
+    seconds = (
+        config.client_ip.timeout_seconds if config is not None and config.client_ip is not None else None
+    )
+    if seconds is None:
+        return DEFAULT_AFFINITY_SECONDS
+    if seconds <= 0:
+        problems.append(
+            f"sessionAffinityConfig: {seconds} seconds is no time-out, {DEFAULT_AFFINITY_SECONDS} is used"
+        )
+        return DEFAULT_AFFINITY_SECONDS
+    return seconds
