@@ -160,11 +160,13 @@ def read_facts(found: Found) -> BackendFacts:
 def load_backend(name: str, trace: Trace | None = None) -> BackendCell:
     """Import one backend, and no other.
 
-    Raises PluginError: it is missing, claimed twice, broken or incompatible; the message says which and what
-    to do.
+    Raises PluginError: it is missing, claimed twice, planned, broken or incompatible; the message says which,
+    and what to do.
     """
     found = _choose(BACKENDS, name)
     facts = read_facts(found)
+    if facts.state == "planned":
+        raise _error(found, f"the {name} backend is not written yet; {_available()}")
     cell = _load(found, BackendSpec, BackendCell, trace)
     cell.info = cell.describe()
     for field in ("name", "api", "capabilities", "conntrack"):
@@ -177,13 +179,22 @@ def load_backend(name: str, trace: Trace | None = None) -> BackendCell:
 
 
 def load_observers(
-    enabled: Iterable[str] | None = None, disabled: Collection[str] = (), trace: Trace | None = None
+    enabled: Iterable[str] | None = None,
+    disabled: Collection[str] = (),
+    trace: Trace | None = None,
+    *,
+    safe: bool = False,
 ) -> Observers:
     """Import the observers named, or all that are installed, except the disabled ones.
 
-    A broken one is left out and told; it keeps none of the others from being loaded.
+    `safe`: only those that come with proxycore itself.  A broken one is left out and told; it keeps none of
+    the others from being loaded.
     """
-    names = sorted({found.name for found in find(OBSERVERS)} if enabled is None else set(enabled))
+    installed = find(OBSERVERS)
+    names = sorted({found.name for found in installed} if enabled is None else set(enabled))
+    if safe:
+        foreign = {found.name for found in installed if not found.target.startswith("proxycore.")}
+        names = [name for name in names if name not in foreign]
     cells: list[Cell] = []
     problems: list[PluginError] = []
     for name in names:
@@ -254,6 +265,11 @@ def _listed(found: Found) -> Listed:
     except PluginError as error:
         return Listed(found, None, problem or error.reason)
     return Listed(found, facts, problem)
+
+
+def _available() -> str:
+    names = [entry.found.name for entry in list_plugins() if entry.facts and entry.facts.state == "available"]
+    return f"available: {', '.join(names)}" if names else "no other one is installed"
 
 
 def _claimants(found: list[Found]) -> str:

@@ -1,0 +1,53 @@
+"""Bodies of the commands that last: run, record, demo."""
+
+from __future__ import annotations
+
+from .. import logs
+from .exits import say
+from .options import RunOptions
+
+
+def run_until_stopped(options: RunOptions) -> int:
+    """`proxyctl run`."""
+    from ..runtime import run_proxy
+
+    logs.configure(options.log_format, options.verbosity)
+    log = logs.get("config")
+    for warning in options.config.warnings:
+        log.warning("configuration", warning=warning)
+    return run_proxy(options)
+
+
+def record_events(options: RunOptions, file: str, seconds: float | None) -> None:
+    """`proxyctl record`."""
+    import threading
+
+    from ..plugins import load_source
+    from ..record import STDOUT, record
+    from ..source import SourceContext
+    from .signals import stopping
+
+    source = load_source(options.source_name).open(
+        SourceContext(argument=options.source_argument, node_name=options.node_name, pace=options.pace)
+    )
+    stop = threading.Event()
+    timer = threading.Timer(seconds, stop.set) if seconds is not None else None
+    if timer is not None:
+        timer.daemon = True
+        timer.start()
+    with stopping(stop.set):
+        count = record(source, file, stop, name=options.source)
+    if timer is not None:
+        timer.cancel()
+    say(f"{count} events recorded to {'standard output' if file == STDOUT else file}")
+
+
+def show_demo(backend: str, seconds: float | None, plain: bool) -> int:
+    """`proxyctl demo`."""
+    from ..demo import DEFAULT_SECONDS, demo
+
+    return demo(
+        backend=backend,
+        seconds=DEFAULT_SECONDS if seconds is None else seconds,
+        plain=True if plain else None,
+    )

@@ -1,0 +1,85 @@
+"""What `proxyctl run` and its relatives were asked to do."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import msgspec
+
+from ..config import Loaded, load
+from ..config.model import Takeover
+from ..errors import ConfigError
+from ..logs import Format as LogFormat
+
+
+class RunOptions(msgspec.Struct, frozen=True, kw_only=True):
+    """Everything that `run` parses, files, environment and defaults already worked in.
+
+    `source` is `NAME` or `NAME:ARGUMENT`.  `pace`: speed of a recording, None at once.  `safe`: only
+    observers that come with proxycore itself are loaded.
+    """
+
+    config: Loaded
+    backend: str
+    source: str
+    node_name: str
+    takeover: Takeover = "auto"
+    pace: float | None = None
+    trace_hooks: bool = False
+    log_format: LogFormat = "text"
+    verbosity: int = 0
+    safe: bool = False
+
+    @property
+    def source_name(self) -> str:
+        """The source plugin's name."""
+        return self.source.partition(":")[0]
+
+    @property
+    def source_argument(self) -> str:
+        """What stands behind the colon of the source."""
+        return self.source.partition(":")[2]
+
+
+def resolve(
+    files: Sequence[str],
+    flags: Mapping[str, str],
+    environ: Mapping[str, str],
+    *,
+    pace: float | None = None,
+    trace_hooks: bool = False,
+    safe: bool = False,
+) -> RunOptions:
+    """Options from configuration files, flags by field path (`logging.format`) and environment.
+
+    Raises ConfigError: one message with file, field and reason; nothing was touched.
+    """
+    loaded = load([Path(file) for file in files], flags, environ)
+    config = loaded.config
+    if not config.source.partition(":")[0]:
+        raise ConfigError(f"{config.source!r} is no source: write NAME or NAME:ARGUMENT", field="source")
+    return RunOptions(
+        config=loaded,
+        backend=config.backend,
+        source=config.source,
+        node_name=config.node_name(socket.gethostname()),
+        takeover=config.takeover,
+        pace=pace,
+        trace_hooks=trace_hooks,
+        log_format=config.log_format,
+        verbosity=config.log_verbosity,
+        safe=safe,
+    )
+
+
+def assignments(pairs: Sequence[str]) -> dict[str, str]:
+    """`FIELD=VALUE` texts as a mapping.  Raises ConfigError: one is not of that form."""
+    result: dict[str, str] = {}
+    for pair in pairs:
+        field, equals, value = pair.partition("=")
+        if not equals or not field:
+            raise ConfigError(f"--set {pair!r}: write FIELD=VALUE, such as clusterCIDR=10.244.0.0/16")
+        result[field] = value
+    return result

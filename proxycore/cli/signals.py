@@ -1,0 +1,35 @@
+"""Ending on SIGTERM and SIGINT: cleanly the first time, at once the second."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+@contextmanager
+def stopping(stop: Callable[[], None]) -> Iterator[None]:
+    """While inside, the first signal calls `stop`, which must not block; a second one ends the process with 128 + N.
+
+    For the main thread only.  The previous handlers come back at the end.
+    """
+    received = False
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        nonlocal received
+        if received:
+            # Whatever hangs, a plugin's thread included, must not hold the process.
+            os._exit(128 + number)
+        received = True
+        stop()
+
+    previous = {number: signal.signal(number, handle) for number in SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
