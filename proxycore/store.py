@@ -75,6 +75,11 @@ class Store:
         return len(self._owner)
 
     @property
+    def service_cidr_objects(self) -> tuple[ServiceCIDR, ...]:
+        """All ServiceCIDRs."""
+        return tuple(self._service_cidrs.values())
+
+    @property
     def service_cidrs(self) -> tuple[str, ...]:
         """Canonical CIDRs of all ServiceCIDRs, sorted; those that cannot be read are left out."""
         found = set()

@@ -1,0 +1,171 @@
+"""`proxyctl run`: the parts put together, started in order, ended in order."""
+
+from __future__ import annotations
+
+import gc
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from types import FrameType
+
+from .backend import BackendContext
+from .changes import ChangeBatch
+from .cli.options import RunOptions
+from .dispatch import BackendReply, BackendRunner, ObserverRunner
+from .engine import Engine, EngineSettings
+from .errors import KernelError, SourceError
+from .host import InterfaceAddress, resolve_host
+from .kernel.addresses import AddressWatch
+from .kernel.families import usable_families
+from .logs import Log, get
+from .model import HostState
+from .objects import Node, ServiceCIDR
+from .plugins import BackendCell, load_backend, load_observers, load_source
+from .source import Source, SourceContext
+
+BUILT_IN_OBSERVERS = ("conntrack", "health-check-ports")
+SWITCH_INTERVAL_SECONDS = 0.0005
+"""How long a thread may keep the interpreter while another waits; Python's default of 5 ms would delay each hand-over."""
+
+
+class _Host:
+    """The node's facts, worked out from configuration, Node object and the newest addresses."""
+
+    def __init__(self, options: RunOptions, addresses: tuple[InterfaceAddress, ...], log: Log) -> None:
+        self._options = options
+        self._log = log
+        self._said: set[str] = set()
+        self.addresses = addresses
+        self.families = usable_families()
+
+    def __call__(self, node: Node | None, service_cidrs: Sequence[ServiceCIDR]) -> HostState:
+        resolution = resolve_host(
+            self._options.config.config,
+            self._options.node_name,
+            node,
+            self.addresses,
+            service_cidrs,
+            self.families,
+        )
+        for warning in resolution.warnings:
+            if warning not in self._said:
+                self._said.add(warning)
+                self._log.warning("configuration", warning=warning)
+        return resolution.state
+
+
+def run_proxy(options: RunOptions) -> int:
+    """Run until a signal ends it; the process's exit status.
+
+    Raises ConfigError, PluginError, SourceError or KernelError before anything was touched.
+    """
+    sys.setswitchinterval(SWITCH_INTERVAL_SECONDS)
+    config = options.config.config
+    log = get("engine")
+    trace = get("hooks").info if options.trace_hooks else None
+    cell = load_backend(options.backend, trace=trace)
+    observers = load_observers(
+        BUILT_IN_OBSERVERS if options.safe else config.observers_enabled,
+        {*config.observers_disabled, *(() if cell.info.conntrack else ("conntrack",))},
+        trace=trace,
+    )
+    for problem in observers.problems:
+        log.error("observer left out", error=problem)
+    source = load_source(options.source_name, trace=trace).open(
+        SourceContext(argument=options.source_argument, node_name=options.node_name, pace=options.pace)
+    )
+    watch = AddressWatch()
+    host = _Host(options, watch.current(), log)
+    first = host(None, ())
+    probe(cell, BackendContext(host=first, families=first.families, options=config.backend_options), log)
+
+    def observer_runners(snapshot: Callable[[], ChangeBatch | None]) -> list[ObserverRunner]:
+        return [ObserverRunner(observer, snapshot, log=get("observer")) for observer in observers.cells]
+
+    def backend_runner(deliver: Callable[[BackendReply], None]) -> BackendRunner:
+        return BackendRunner(cell, deliver, log=get("backend"))
+
+    engine = Engine(
+        settings=EngineSettings(
+            node_name=options.node_name,
+            families=first.families,
+            sync_period_seconds=config.sync_period_seconds,
+            min_sync_period_seconds=config.min_sync_period_seconds,
+            verify_interval_seconds=config.verify_interval_seconds,
+            backend_options=dict(config.backend_options),
+            observer_options={name: dict(values) for name, values in config.observer_options.items()},
+        ),
+        host_of=host,
+        backend=backend_runner,
+        backend_info=cell.info,
+        observers=observer_runners,
+        log=log,
+    )
+
+    def addresses_changed(addresses: tuple[InterfaceAddress, ...]) -> None:
+        host.addresses = addresses
+        engine.host_may_have_changed()
+
+    log.info(
+        "starting",
+        backend=cell.name,
+        distribution=cell.distribution,
+        source=options.source,
+        node=options.node_name,
+        families=list(first.families),
+    )
+    threads = [
+        threading.Thread(target=watch.run, args=(addresses_changed,), name="addresses", daemon=True),
+        threading.Thread(target=_run_source, args=(source, engine, log), name="source", daemon=True),
+    ]
+    with _signals(engine.stop):
+        for thread in threads:
+            thread.start()
+        # Objects of the start live as long as the process; the collector need not look at them again and again.
+        gc.freeze()
+        engine.run()
+    source.stop()
+    watch.stop()
+    for thread in threads:
+        thread.join(timeout=1.0)
+    return 0
+
+
+def probe(cell: BackendCell, context: BackendContext, log: Log) -> None:
+    """Ask the backend whether this host can carry it.  Raises KernelError naming what is missing."""
+    found = cell.probe(context)
+    if found.facts:
+        log.info("host", **{key.replace(" ", "_"): value for key, value in found.facts.items()})
+    if found.problems:
+        raise KernelError(f"this host cannot carry the {cell.name} backend: {'; '.join(found.problems)}")
+
+
+def _run_source(source: Source, engine: Engine, log: Log) -> None:
+    try:
+        source.run(engine.sink)
+    except SourceError as error:
+        log.error("source ended; what it delivered stays in force", error=error)
+    except Exception as error:  # a source's bug must not end the proxy
+        log.exception("source failed; what it delivered stays in force", error)
+
+
+@contextmanager
+def _signals(stop: Callable[[], None]) -> Iterator[None]:
+    """SIGTERM and SIGINT end the engine; a second one ends the process at once."""
+    seen = 0
+
+    def handle(number: int, _frame: FrameType | None) -> None:
+        nonlocal seen
+        seen += 1
+        if seen > 1:
+            raise SystemExit(128 + number)
+        stop()
+
+    former = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, handler in former.items():
+            signal.signal(number, handler)
