@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import ipaddress
 import threading
+from collections.abc import Sequence
 from typing import NamedTuple
 
-from .backend import BackendContext
+from .backend import BackendContext, BackendInfo, Capability
 from .changes import ChangeBatch, HostChange, change
 from .config import Config
+from .desired import Desired
 from .errors import SourceError
-from .model import HostState
+from .host import InterfaceAddress, resolve_host
+from .model import FAMILIES, Family, HostState
+from .objects import Metadata, Node, ServiceCIDR, ServiceCIDRSpec
 from .source import Event, Health, Source, Synced, Trouble
 
 SYNC_SECONDS = 60.0
@@ -73,32 +78,76 @@ def collect(source: Source, timeout: float = SYNC_SECONDS) -> list[Event]:
     return collector.events
 
 
-def load_states(source: Source, config: Config, node_name: str) -> Offline:
+def load_states(
+    source: Source,
+    config: Config,
+    node_name: str,
+    families: Sequence[Family] = FAMILIES,
+    addresses: Sequence[InterfaceAddress] | None = None,
+) -> Offline:
     """The full batch that a first programming would bring, and the context for it.
 
+    `addresses` are the interfaces'; None: this is not the node, and what its Node object names stands for them.
     Raises SourceError as collect() does.
     """
-    from .desired import Desired
-    from .host import resolve_host
-
     events = collect(source)
-    troubles = tuple(
-        f"{event.subject}: {event.reason}" for event in events if isinstance(event, Trouble) and event.reason
-    )
-    host: HostState = resolve_host(config, node_name, events)
     desired = Desired(node_name)
-    desired.handle(events, host)
+    desired.handle(events)
+    store = desired.store
+    resolution = resolve_host(
+        config,
+        node_name,
+        store.node,
+        _named_by(store.node) if addresses is None else addresses,
+        [ServiceCIDR(metadata=Metadata(name="all"), spec=ServiceCIDRSpec(cidrs=store.service_cidrs))],
+        families,
+    )
+    host = resolution.state
+    desired.handle((), host)
     batch = ChangeBatch(
         generation=1,
-        changes=tuple(change(name, None, state) for name, state in desired.states.items()),
+        changes=tuple(change(name, None, state) for name, state in sorted(desired.states.items())),
         host=HostChange(before=None, after=host),
         full=True,
         reason="start",
     )
-    ignored = tuple(
-        f"{subject}: {reason}" for subject, reasons in desired.problems.items() for reason in reasons
+    ignored = [f"{subject}: {reason}" for subject, reasons in desired.problems.items() for reason in reasons]
+    return Offline(
+        context=context_of(config, host),
+        batch=batch,
+        troubles=_last_troubles(events),
+        ignored=(*resolution.warnings, *ignored),
     )
-    return Offline(context_of(config, host), batch, troubles, ignored)
+
+
+def families_for(info: BackendInfo) -> tuple[Family, ...]:
+    """The families that a backend claims."""
+    claims = {"IPv4": Capability.IPV4, "IPv6": Capability.IPV6}
+    return tuple(family for family in FAMILIES if claims[family] in info.capabilities)
+
+
+def _last_troubles(events: list[Event]) -> tuple[str, ...]:
+    """What could not be read and was not mended later."""
+    reasons: dict[str, str] = {}
+    for event in events:
+        if isinstance(event, Trouble):
+            reasons[event.subject] = event.reason
+    return tuple(f"{subject}: {reason}" for subject, reason in reasons.items() if reason)
+
+
+def _named_by(node: Node | None) -> list[InterfaceAddress]:
+    """Addresses of a Node object, as if they were on an interface."""
+    listed = (node.status.addresses if node and node.status else None) or ()
+    found = []
+    for entry in listed:
+        try:
+            address = ipaddress.ip_address(entry.address.strip())
+        except ValueError:
+            continue  # a host name
+        found.append(
+            InterfaceAddress(address=str(address), prefix_length=address.max_prefixlen, interface="node")
+        )
+    return found
 
 
 def context_of(config: Config, host: HostState) -> BackendContext:

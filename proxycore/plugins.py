@@ -163,7 +163,7 @@ def load_backend(name: str, trace: Trace | None = None) -> BackendCell:
     Raises PluginError: it is missing, claimed twice, planned, broken or incompatible; the message says which,
     and what to do.
     """
-    found = _choose(BACKENDS, name)
+    found = choose(BACKENDS, name)
     facts = read_facts(found)
     if facts.state == "planned":
         raise _error(found, f"the {name} backend is not written yet; {_available()}")
@@ -182,26 +182,20 @@ def load_observers(
     enabled: Iterable[str] | None = None,
     disabled: Collection[str] = (),
     trace: Trace | None = None,
-    *,
-    safe: bool = False,
 ) -> Observers:
     """Import the observers named, or all that are installed, except the disabled ones.
 
     `safe`: only those that come with proxycore itself.  A broken one is left out and told; it keeps none of
     the others from being loaded.
     """
-    installed = find(OBSERVERS)
-    names = sorted({found.name for found in installed} if enabled is None else set(enabled))
-    if safe:
-        foreign = {found.name for found in installed if not found.target.startswith("proxycore.")}
-        names = [name for name in names if name not in foreign]
+    names = sorted({found.name for found in find(OBSERVERS)} if enabled is None else set(enabled))
     cells: list[Cell] = []
     problems: list[PluginError] = []
     for name in names:
         if name in disabled:
             continue
         try:
-            cells.append(_load(_choose(OBSERVERS, name), ObserverSpec, Cell, trace))
+            cells.append(_load(choose(OBSERVERS, name), ObserverSpec, Cell, trace))
         except PluginError as error:
             problems.append(error)
     return Observers(tuple(cells), tuple(problems))
@@ -209,7 +203,7 @@ def load_observers(
 
 def load_source(name: str, trace: Trace | None = None) -> SourceCell:
     """Import one source.  Raises PluginError: it is missing, claimed twice or broken."""
-    return _load(_choose(SOURCES, name), SourceSpec, SourceCell, trace)
+    return _load(choose(SOURCES, name), SourceSpec, SourceCell, trace)
 
 
 def _load(found: Found, spec: type, cell: type[_CellType], trace: Trace | None) -> _CellType:
@@ -237,8 +231,11 @@ def _load(found: Found, spec: type, cell: type[_CellType], trace: Trace | None) 
     return cell(plugin, spec, name=found.name, distribution=found.distribution, trace=trace)
 
 
-def _choose(group: Group, name: str) -> Found:
-    """The one entry point of that name."""
+def choose(group: Group, name: str) -> Found:
+    """The one entry point of that name; imports nothing.
+
+    Raises PluginError: there is none, with those that are there, or more than one, with where they come from.
+    """
     kind = _KINDS[group]
     everything = find(group)
     found = [entry for entry in everything if entry.name == name]
@@ -250,8 +247,8 @@ def _choose(group: Group, name: str) -> Found:
     there = f"installed: {', '.join(names)}" if names else "none is installed"
     raise PluginError(
         name,
-        f"there is no such {kind} ({there}){_nearest(name, names)}; another {kind} is installed with pip, "
-        "as the package that brings it, into the environment of proxyctl",
+        f"there is no such {kind} ({there}){_nearest(name, names)}; choose one of these, or pip install the package "
+        "that brings it where proxyctl is",
     )
 
 

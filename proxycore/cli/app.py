@@ -215,7 +215,7 @@ def backends(
 @app.command(
     short_help="Print what would be programmed, as native text.",
     epilog=_examples(
-        "proxyctl render --backend nft examples/shop",
+        "proxyctl render --backend nft examples",
         "kubectl get svc,endpointslices,nodes -A -o yaml > all.yaml; proxyctl render --backend nft all.yaml",
     ),
 )
@@ -244,9 +244,9 @@ def render(
 @app.command(
     short_help="Print the operations from the live kernel to it.",
     epilog=_examples(
-        "proxyctl plan --backend nft examples/shop",
+        "proxyctl plan --backend nft examples",
         "proxyctl plan --backend nft --source file:/etc/kubernetes/services -o json",
-        "proxyctl plan --backend nft all.yaml > /dev/null; test $? = 3 && echo the kernel differs",
+        "proxyctl plan --backend nft all.yaml > /dev/null || test $? = 3 && echo the kernel differs",
     ),
 )
 def plan(

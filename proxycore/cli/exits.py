@@ -28,7 +28,7 @@ TABLE: dict[Exit, str] = {
     Exit.FAILED: "failed; the message says what holds now",
     Exit.USAGE: "wrong usage or configuration; nothing was touched",
     Exit.DIFFERENT: "`plan` found differences",
-    Exit.UNAVAILABLE: "plugin missing, broken or planned, or unfit for this host; nothing was touched",
+    Exit.UNAVAILABLE: "a plugin is missing, broken or planned; nothing was touched",
     Exit.INTERRUPTED: "interrupted (128 + signal)",
     Exit.NOBODY_READS: "the reader of standard output went away",
 }

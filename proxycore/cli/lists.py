@@ -10,8 +10,10 @@ from ..backend import BackendContext
 from ..cell import BackendCell, Trace
 from ..config import dump, load
 from ..errors import ProxyError, SourceError
+from ..host import InterfaceAddress
+from ..kernel.families import usable_families
 from ..model import HostState
-from ..offline import Offline, context_of, load_states
+from ..offline import Offline, context_of, families_for, load_states
 from ..plugins import Listed, list_plugins, load_backend, load_source
 from ..source import SourceContext
 from .exits import Exit, printable, say
@@ -90,7 +92,10 @@ def show_rendered(options: RunOptions) -> None:
 
 def show_plan(options: RunOptions, format: Format) -> Exit:
     """`proxyctl plan`."""
-    cell, offline = _load(options)
+    from ..kernel.addresses import AddressWatch
+
+    with AddressWatch() as watch:
+        cell, offline = _load(options, watch.current())
     operations = cell.plan(offline.context, offline.batch)
     rows = [
         {"verb": operation.verb, "service": operation.service, "operation": operation.native}
@@ -100,8 +105,10 @@ def show_plan(options: RunOptions, format: Format) -> Exit:
     return Exit.DIFFERENT if operations else Exit.OK
 
 
-def _load(options: RunOptions) -> tuple[BackendCell, Offline]:
-    """The backend and the states.
+def _load(
+    options: RunOptions, addresses: Sequence[InterfaceAddress] | None = None
+) -> tuple[BackendCell, Offline]:
+    """The backend and the states, those of this node as it is now if its addresses are given.
 
     Half of what was asked for would mislead: what cannot be read is an error.
     """
@@ -110,7 +117,10 @@ def _load(options: RunOptions) -> tuple[BackendCell, Offline]:
     source = load_source(options.source_name, trace_of(options)).open(
         SourceContext(argument=options.source_argument, node_name=options.node_name)
     )
-    offline = load_states(source, options.config.config, options.node_name)
+    families = families_for(cell.info)
+    if addresses is not None:
+        families = tuple(family for family in families if family in usable_families())
+    offline = load_states(source, options.config.config, options.node_name, families, addresses)
     for reason in offline.ignored:
         say(f"warning: {reason}")
     for trouble in offline.troubles:

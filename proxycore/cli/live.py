@@ -9,6 +9,11 @@ from .options import RunOptions
 
 def run_until_stopped(options: RunOptions) -> int:
     """`proxyctl run`."""
+    from ..plugins import BACKENDS, SOURCES, choose, read_facts
+
+    # What can be told without loading anything comes first: one message, and nothing was touched.
+    read_facts(choose(BACKENDS, options.backend))
+    choose(SOURCES, options.source_name)
     from ..runtime import run_proxy
 
     logs.configure(options.log_format, options.verbosity)
