@@ -27,7 +27,7 @@ class EndpointDelta(NamedTuple):
 NO_DELTA = EndpointDelta()
 
 
-class ServiceChange(msgspec.Struct, frozen=True, kw_only=True):
+class ServiceChange(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """One Service port before and after.
 
     `before` is what the backend last acknowledged: None if nothing, `UNKNOWN` after a failure that may have been partial.

@@ -7,8 +7,7 @@ then the older Service, then the first by namespace and name.  A loser gets it w
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Iterable, Mapping
 
 import msgspec
 
@@ -24,24 +23,27 @@ _RANK = {
 }
 
 
-class ClaimKey(NamedTuple):
-    """What is owned.  `address` is None for a node port, which is owned on every address of the family."""
+ClaimKey = tuple[Family, str | None, int, Protocol]
+"""What is owned: family, address (None for a node port, which is owned on every address of the family), port, protocol.
 
-    family: Family
-    address: str | None
-    port: int
-    protocol: Protocol
-
-    def __str__(self) -> str:
-        if self.address is None:
-            return f"node port {self.port}/{self.protocol}"
-        host = f"[{self.address}]" if self.family == "IPv6" else self.address
-        return f"{host}:{self.port}/{self.protocol}"
+A plain tuple, because the garbage collector stops following these.
+"""
 
 
 def claim_key(family: Family, frontend: Frontend) -> ClaimKey:
     """What a frontend claims."""
-    return ClaimKey(family, frontend.address, frontend.port, frontend.protocol)
+    return family, frontend.address, frontend.port, frontend.protocol
+
+
+def claim_text(key: ClaimKey) -> str:
+    """What is owned, for people: `10.0.0.1:80/TCP`, `node port 30080/UDP`."""
+    family, address, port, protocol = key
+    if address is None:
+        return f"node port {port}/{protocol}"
+    return f"[{address}]:{port}/{protocol}" if family == "IPv6" else f"{address}:{port}/{protocol}"
+
+
+_NONE: dict[ClaimKey, int] = {}
 
 
 class Claims:
@@ -62,12 +64,12 @@ class Claims:
         Returns the Services, this one included, for which something changed: which claims they hold, or who holds those
         that they lost.
         """
-        ranks = {
-            claim_key(state.name.family, frontend): _RANK[frontend.kind]
-            for state in states
-            for frontend in state.frontends
-        }
-        before = self._ranks.get(name, {})
+        ranks: dict[ClaimKey, int] = {}
+        for state in states:
+            family = state.name[4]
+            for frontend in state.frontends:
+                ranks[family, frontend.address, frontend.port, frontend.protocol] = _RANK[frontend.kind]
+        before = self._ranks.get(name, _NONE)
         aged = bool(before) and self._created.get(name) != created
         if ranks == before and not aged:
             return set()
@@ -82,7 +84,10 @@ class Claims:
         for key, rank in ranks.items():
             known = before.get(key)
             if known is None:
-                self._enter(key, name, changed)
+                owner = self._owner.setdefault(key, name)
+                if owner != name:
+                    self._rivals.setdefault(key, {owner}).add(name)
+                    self._elect(key, changed)
             elif (known != rank or aged) and key in self._rivals:
                 self._elect(key, changed)
         if ranks.keys() != before.keys():
@@ -97,18 +102,12 @@ class Claims:
         """Who owns an address and port."""
         return self._owner.get(key)
 
-    def granted(self, name: ServiceKey, states: Sequence[ServiceState]) -> tuple[ServiceState, ...]:
+    def granted(self, name: ServiceKey, states: tuple[ServiceState, ...]) -> tuple[ServiceState, ...]:
         """The states without the frontends that are another's, and without pools that nothing leads to any more."""
         lost = self._lost.get(name)
         if not lost:
-            return tuple(states)
+            return states
         return tuple([_without(state, lost) for state in states])
-
-    def _enter(self, key: ClaimKey, name: ServiceKey, changed: set[ServiceKey]) -> None:
-        owner = self._owner.setdefault(key, name)
-        if owner != name:
-            self._rivals.setdefault(key, {owner}).add(name)
-            self._elect(key, changed)
 
     def _withdraw(self, key: ClaimKey, name: ServiceKey, changed: set[ServiceKey]) -> None:
         rivals = self._rivals.get(key)

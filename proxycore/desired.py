@@ -12,7 +12,7 @@ from types import MappingProxyType
 
 import msgspec
 
-from .claims import Claims
+from .claims import Claims, claim_text
 from .errors import InternalError
 from .frontends import RESERVED_PORTS, PlanFacts, ServiceKey, ServicePlan, plan
 from .model import HostState, Protocol, ServicePortName, ServiceState
@@ -198,15 +198,14 @@ class Desired:
         return self._claims.update(key, resolution.states, service.metadata.creation_timestamp)
 
     def _index(self, key: ServiceKey, entry: _Entry | None) -> None:
-        for users, uses in (
-            (self._zone_users, entry is not None and entry.resolution.uses_zone),
-            (self._node_ip_users, entry is not None and entry.plan.uses_node_ips),
-            (self._node_address_users, entry is not None and entry.plan.uses_node_addresses),
-        ):
-            if uses:
-                users.add(key)
-            else:
-                users.discard(key)
+        (self._zone_users.add if entry and entry.resolution.uses_zone else self._zone_users.discard)(key)
+        planned = entry.plan if entry else None
+        (self._node_ip_users.add if planned and planned.uses_node_ips else self._node_ip_users.discard)(key)
+        (
+            self._node_address_users.add
+            if planned and planned.uses_node_addresses
+            else self._node_address_users.discard
+        )(key)
 
     def _grant(self, key: ServiceKey, entry: _Entry, *, exists: bool) -> None:
         """Note the difference between what was desired of a Service and what is now."""
@@ -247,7 +246,8 @@ class Desired:
     def _losses(self, key: ServiceKey) -> list[Problem]:
         return [
             Problem(
-                f"Service {key[0]}/{key[1]}", f"{claim} is not served: Service {owner[0]}/{owner[1]} has it"
+                f"Service {key[0]}/{key[1]}",
+                f"{claim_text(claim)} is not served: Service {owner[0]}/{owner[1]} has it",
             )
             for claim, owner in self._claims.lost(key).items()
         ]

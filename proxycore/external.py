@@ -47,8 +47,6 @@ class External(msgspec.Struct, frozen=True, kw_only=True):
         assert spec is not None
         vips = _load_balancer_addresses(service, problems)
         external_ips = _by_family("external IP", spec.external_ips, problems) if spec.external_ips else {}
-        if not vips and not external_ips and spec.external_traffic_policy != "Local":
-            return NO_EXTERNAL
         ranges = _source_ranges(spec.load_balancer_source_ranges or (), problems)
         at_reserved_port = bool(vips or external_ips) and any(
             (port.port, port.protocol or "TCP") in reserved_ports for port in ports

@@ -99,24 +99,30 @@ def skip_reason(service: Service) -> str | None:
     return "its type is ExternalName" if spec.type == "ExternalName" else None
 
 
-def cluster_ip(spec: ServiceSpec, family: Family) -> str | None:
-    """The canonical cluster IP of a family; None: the family ignores all of the Service.
+def cluster_ips(spec: ServiceSpec, problems: list[str]) -> dict[Family, str]:
+    """The canonical cluster IP of each family; a family without one ignores all of the Service.
 
-    Without `ipFamilies` the family of `clusterIP` decides, otherwise the entry of `clusterIPs` beside the family.  Raises
-    ValueError, with the reason, when what stands there cannot be one.
+    Without `ipFamilies` the family of `clusterIP` decides, otherwise the entries of `clusterIPs` stand beside the
+    families.  What cannot be a cluster IP is added to `problems`.
     """
-    if not spec.cluster_ip:
-        return None
-    if not spec.ip_families:
-        address = canonical.usable_address(spec.cluster_ip)
-        return address if family_of(address) == family else None
-    for named, text in zip(spec.ip_families, spec.cluster_ips or (spec.cluster_ip,), strict=False):
-        if named == family:
-            address = canonical.usable_address(text)
-            if family_of(address) != family:
-                raise ValueError(f"{address} stands in clusterIPs where ipFamilies says {family}")
-            return address
-    return None
+    found: dict[Family, str] = {}
+    pairs: Iterable[tuple[str | None, str | None]] = ((None, spec.cluster_ip),)
+    if spec.ip_families:
+        pairs = zip(spec.ip_families, spec.cluster_ips or (spec.cluster_ip,), strict=False)
+    for named, text in pairs:
+        try:
+            address = canonical.usable_address(text or "")
+        except ValueError as error:
+            problems.append(f"cluster IP {text!r} is ignored, and its family with it: {error}")
+            continue
+        family = family_of(address)
+        if named is not None and named != family:
+            problems.append(
+                f"cluster IP {text!r} is ignored, and its family with it: it stands beside {named}"
+            )
+            continue
+        found.setdefault(family, address)
+    return found
 
 
 def plan(
@@ -133,30 +139,29 @@ def plan(
     facts = facts or PlanFacts.of(host)
     problems: list[str] = []
     ports = _distinct_ports(spec.ports or (), reserved_ports, problems)
-    external = External.of(service, ports, host, reserved_ports, problems)
+    external = NO_EXTERNAL
+    if service.status is not None or spec.external_ips or spec.external_traffic_policy == "Local":
+        external = External.of(service, ports, host, reserved_ports, problems)
     health_port = _health_check_node_port(spec, external.local, problems)
     affinity = _affinity_seconds(spec, problems)
-    plans: list[PortPlan] = []
-    for family in facts.families:
-        try:
-            address = cluster_ip(spec, family)
-        except ValueError as error:
-            problems.append(f"{family} is ignored: {error}")
-            continue
-        if address is None:
-            continue
-        for port in ports:
-            plans.append(
-                _plan_port(service, spec, port, family, address, external, facts, affinity, health_port)
-            )
-    subject = f"Service {service.metadata.namespace}/{service.metadata.name}"
+    plans = [
+        _plan_port(service, spec, port, family, address, external, facts, affinity, health_port)
+        for family, address in cluster_ips(spec, problems).items()
+        if family in facts.families
+        for port in ports
+    ]
     return ServicePlan(
         service,
         tuple(plans),
-        tuple([Problem(subject, reason) for reason in summarised(problems)]) if problems else (),
+        _named(service, problems) if problems else (),
         uses_node_ips=bool(spec.load_balancer_source_ranges),
         uses_node_addresses=external.at_reserved_port,
     )
+
+
+def _named(service: Service, problems: list[str]) -> tuple[Problem, ...]:
+    subject = f"Service {service.metadata.namespace}/{service.metadata.name}"
+    return tuple([Problem(subject, reason) for reason in summarised(problems)])
 
 
 def _plan_port(

@@ -77,7 +77,7 @@ class Endpoint(msgspec.Struct, frozen=True, kw_only=True, gc=False):
         return f"[{self.address}]:{self.port}" if ":" in self.address else f"{self.address}:{self.port}"
 
 
-class Pool(msgspec.Struct, frozen=True, kw_only=True):
+class Pool(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """Endpoints that share a frontend's traffic, sorted by the text `ip:port`; `when_empty` rules while there are none."""
 
     endpoints: tuple[Endpoint, ...] = ()
@@ -104,7 +104,7 @@ class Routes(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     outside: Route
 
 
-class Frontend(msgspec.Struct, frozen=True, kw_only=True):
+class Frontend(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """An address and port that clients dial.
 
     `address` is None for NodePort: it then stands for every address in `HostState.node_port_addresses`.
@@ -123,7 +123,7 @@ class Frontend(msgspec.Struct, frozen=True, kw_only=True):
         return f"{host}:{self.port}/{self.protocol.lower()}"
 
 
-class ServiceState(msgspec.Struct, frozen=True, kw_only=True):
+class ServiceState(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """One Service port of one family, resolved for this node.
 
     `cluster` and `local` are None when no frontend routes to them.  `endpoints` holds every known endpoint, usable or not;
