@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 from types import FrameType
@@ -20,6 +21,8 @@ def demo(*, backend: str = "nft", seconds: float = DEFAULT_SECONDS, plain: bool 
     """
     from ..testing.netns import become_root
 
+    # ip and nft are where an ordinary user's PATH does not lead.
+    os.environ["PATH"] = os.pathsep.join([os.environ.get("PATH", os.defpath), "/usr/sbin", "/sbin"])
     try:
         become_root()
     except ProxyError as error:

@@ -40,7 +40,7 @@ PROBES = (
     Probe(service=WEB, client="pod", pod=CLIENT.name, address="10.96.0.80", port=80, pool="web"),
     Probe(
         service=WEB,
-        client="pod web-1 itself",
+        client="pod web-1",
         pod="web-1",
         address="10.96.0.80",
         port=80,
@@ -51,7 +51,7 @@ PROBES = (
     NODE_PORT,
     Probe(
         service=API,
-        client="outside, office",
+        client="office",
         pod="",
         source=OFFICE,
         address="203.0.113.10",
@@ -61,7 +61,7 @@ PROBES = (
     ),
     Probe(
         service=API,
-        client="outside, office",
+        client="office",
         pod="",
         source=COLLEAGUE,
         address="203.0.113.10",
@@ -71,7 +71,7 @@ PROBES = (
     ),
     Probe(
         service=API,
-        client="outside, stranger",
+        client="stranger",
         pod="",
         source=STRANGER,
         address="203.0.113.10",

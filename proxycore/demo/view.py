@@ -17,6 +17,10 @@ FRESH_SECONDS = 0.7
 """Who answered within this time is shown bright."""
 
 
+COLUMNS = {"Service": 8, "client": 11, "dials": 19, "who answers, how often in this act": 40}
+"""Title and least width of the live table's columns, but for the last, which takes what is left."""
+
+
 class View(Protocol):
     """What the play tells; called on one thread."""
 
@@ -42,7 +46,7 @@ class View(Protocol):
 def _sees(tally: Tally) -> str:
     """Which client address the pods saw."""
     own = f"own {', '.join(sorted(tally.own.copy()))}" if tally.own else ""
-    masqueraded = f"masqueraded {', '.join(sorted(tally.masqueraded.copy()))}" if tally.masqueraded else ""
+    masqueraded = f"masq. {', '.join(sorted(tally.masqueraded.copy()))}" if tally.masqueraded else ""
     return "; ".join(part for part in (own, masqueraded) if part)
 
 
@@ -113,26 +117,18 @@ class LiveView:
     def _picture(self) -> Group:
         now = time.monotonic()
         table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim", expand=False)
-        for column in (
-            "",
-            "Service",
-            "client",
-            "dials",
-            "who answers, how often in this act",
-            "the pod sees",
-        ):
-            table.add_column(column, no_wrap=True)
+        for title, width in COLUMNS.items():
+            table.add_column(title, no_wrap=True, min_width=width)
+        table.add_column("and sees the client as", no_wrap=True, overflow="ellipsis")
         service = ""
         for dialler in self._diallers:
             probe, tally = dialler.probe, dialler.tally
-            name = probe.service if probe.service != service else ""
+            name = probe.service.partition("/")[2] if probe.service != service else ""
             service = probe.service
-            mark = Text("✗", style="bold red") if tally.wrong else Text("✓", style="green")
             table.add_row(
-                mark,
                 Text(name, style="bold"),
-                probe.client,
-                probe.dials,
+                Text.assemble(("✗", "bold red") if tally.wrong else ("✓", "green"), f" {probe.client}"),
+                Text(probe.dials),
                 _answers(tally, now),
                 Text(_sees(tally), style="magenta" if tally.masqueraded else "dim"),
             )
@@ -150,5 +146,5 @@ def _answers(tally: Tally, now: float) -> Text:
         fresh = now - tally.latest.get(who, 0.0) < FRESH_SECONDS
         colour = "yellow" if who in (REFUSED, DROPPED) else "green"
         text.append(f"{who} ", style=colour if fresh else "dim strike")
-        text.append(f"{count:<5}", style="" if fresh else "dim")
+        text.append(f"{count:<4}", style="" if fresh else "dim")
     return text
