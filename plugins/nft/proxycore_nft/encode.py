@@ -131,6 +131,41 @@ def data_element_prefix(key_size: int, data_size: int) -> tuple[bytes, bytes]:
     return before, between
 
 
+class DataElements:
+    """Elements of one data map, quickly: what does not change is packed once."""
+
+    def __init__(self, key_size: int, data_size: int) -> None:
+        self.before, self.between = data_element_prefix(key_size, data_size)
+        self._total = 4 + (8 + key_size) + (8 + data_size)
+        self._inner = self.before[4:]
+
+    def element(self, key: bytes, data: bytes) -> bytes:
+        """Key and data alone."""
+        return self.before + key + self.between + data
+
+    def element_with(self, key: bytes, data: bytes, extra: bytes) -> bytes:
+        """With further attributes, already packed."""
+        return (
+            pack("=HH", self._total + len(extra), 1 | NESTED)
+            + self._inner
+            + key
+            + self.between
+            + data
+            + extra
+        )
+
+
+class KeyElements:
+    """Elements by key alone, as deletions and plain sets need them."""
+
+    def __init__(self, key_size: int) -> None:
+        value = 4 + key_size
+        self.before = pack("=HHHHHH", 8 + value, 1 | NESTED, 4 + value, ELEM_KEY | NESTED, value, DATA_VALUE)
+
+    def element(self, key: bytes) -> bytes:
+        return self.before + key
+
+
 def set_head(table: str, name: str) -> bytes:
     return text(1, table) + text(2, name)
 

@@ -88,16 +88,11 @@ def keep_in_place(old: Sequence[bytes], wanted: Sequence[bytes]) -> tuple[bytes,
 
 
 def _targets(endpoints: Sequence[Endpoint]) -> list[bytes]:
-    result: list[bytes] = []
-    target_bytes = layout.target_bytes
-    for endpoint in endpoints:
-        target = target_bytes(endpoint.address, endpoint.port)
-        if endpoint.weight == 1:
-            result.append(target)
-        else:
-            result.extend([target] * endpoint.weight)
+    result = layout.targets_bytes(endpoints)
+    if any(e.weight != 1 for e in endpoints):
+        result = [t for t, e in zip(result, endpoints, strict=True) for _ in range(e.weight)]
     if len(result) > layout.POOL_MAX:
-        raise TooMany(f"{len(result)} endpoints in one pool; nft backend holds {layout.POOL_MAX}")
+        raise TooMany(f"{len(result)} endpoints in one pool; the nft backend holds {layout.POOL_MAX}")
     return result
 
 
@@ -123,16 +118,18 @@ def _firewall(frontend: Frontend, key: bytes) -> tuple[bytes, tuple[Range, ...]]
 
 def _hairpin(state: ServiceState, old: Entry | None) -> frozenset[bytes]:
     """Addresses of endpoints in use that are, or may be, on this node: only those can be their own client here."""
-    found = {
-        layout.address_bytes(e.address)
-        for pool in (state.cluster, state.local)
-        if pool is not None
-        for e in pool.endpoints
-        if e.is_local or e.node is None
-    }
+    found: set[bytes] = set()
+    for pool in (state.cluster, state.local):
+        if pool is not None:
+            found.update(
+                [layout.address_bytes(e.address) for e in pool.endpoints if e.is_local or e.node is None]
+            )
     if old is not None and old.hairpin == found:
         return old.hairpin
-    return frozenset(found)
+    return frozenset(found) if found else _NOBODY
+
+
+_NOBODY: frozenset[bytes] = frozenset()
 
 
 def build(state: ServiceState, index: int, old: Entry | None) -> Entry:

@@ -18,9 +18,9 @@ from __future__ import annotations
 
 import socket
 import struct
-from functools import lru_cache
+from collections.abc import Sequence
 
-from proxycore.api import Family, Frontend, PoolName, Protocol
+from proxycore.api import Endpoint, Family, Frontend, PoolName, Protocol
 
 VERSION = 1
 """Raised with every change of this layout, so that a table of an older one is replaced and not adopted."""
@@ -54,7 +54,6 @@ PROTOCOL_NAME: dict[int, str] = {6: "tcp", 17: "udp", 132: "sctp"}
 _pack = struct.pack
 
 
-@lru_cache(maxsize=1 << 17)
 def address_bytes(address: str) -> bytes:
     """Network-order bytes of a canonical address."""
     return socket.inet_pton(socket.AF_INET6 if ":" in address else socket.AF_INET, address)
@@ -63,6 +62,19 @@ def address_bytes(address: str) -> bytes:
 def target_bytes(address: str, port: int) -> bytes:
     """Map data `address . port`."""
     return address_bytes(address) + _pack(">HH", port, 0)
+
+
+def targets_bytes(endpoints: Sequence[Endpoint]) -> list[bytes]:
+    """Map data of each endpoint.  A pool's endpoints are of one family and mostly have one port."""
+    if not endpoints:
+        return []
+    family = socket.AF_INET6 if ":" in endpoints[0].address else socket.AF_INET
+    port = endpoints[0].port
+    tail = _pack(">HH", port, 0)
+    convert = socket.inet_pton
+    return [
+        convert(family, e.address) + (tail if e.port == port else _pack(">HH", e.port, 0)) for e in endpoints
+    ]
 
 
 def frontend_key(address: str, protocol: Protocol, port: int) -> bytes:

@@ -74,12 +74,33 @@ class Table:
 
 
 _DATA_SIZE = {"ip": 8, "ip6": 20}
-_ENDPOINT = {family: encode.data_element_prefix(8, size) for family, size in _DATA_SIZE.items()}
-_SLOT = encode.data_element_prefix(8, 4)
-_HANDLE = {family: encode.data_element_prefix(4, size) for family, size in _DATA_SIZE.items()}
-_NUMBER = encode.data_element_prefix(4, 4)
+_ENDPOINT = {family: encode.DataElements(8, size) for family, size in _DATA_SIZE.items()}
+_SLOT = encode.DataElements(8, 4)
+_SLOT_KEY = encode.KeyElements(8)
+_HANDLE = {family: encode.DataElements(4, size) for family, size in _DATA_SIZE.items()}
+_POOL = encode.DataElements(4, 4)
+_FRONTEND = {
+    ("ip", "frontends"): encode.DataElements(12, 4),
+    ("ip6", "frontends"): encode.DataElements(24, 4),
+    ("ip", "node-ports"): encode.DataElements(8, 4),
+    ("ip6", "node-ports"): encode.DataElements(8, 4),
+}
 _pack_number = struct.Struct("=I").pack
 _pack_slot = struct.Struct("=II").pack
+_SLOTS_AHEAD = 256
+"""Slots whose part of an element is packed once and for all."""
+
+
+def _tails(first: int, between: bytes) -> tuple[bytes, ...]:
+    """What follows the index in the elements of the slots from `first` on, up to the data."""
+    return tuple(_pack_number(first + slot) + between for slot in range(_SLOTS_AHEAD))
+
+
+_TAILS = {
+    (first, data): _tails(first, data.between)
+    for first in (0, layout.LOCAL_SLOT)
+    for data in (*_ENDPOINT.values(), _SLOT)
+}
 
 
 class Stage:
@@ -221,9 +242,10 @@ class Stage:
         if new is None:
             return
         note = encode.comment(new.comment)
-        for key, value in want.items():
+        layout_of = _FRONTEND[nft, where]
+        for key, value in after:
             if have.get(key) != value:
-                self.tx.add(nft, table, where, encode.element(key, _pack_number(value), note), name)
+                self.tx.add(nft, table, where, layout_of.element_with(key, _pack_number(value), note), name)
 
     def _walls(
         self,
@@ -256,16 +278,9 @@ class Stage:
                 self.tx.delete(nft, table, "pools", encode.element(_pack_number(key)), name)
         if new is None:
             return
-        before, between = _NUMBER
         for key, value in want.items():
             if have.get(key) != value:
-                self.tx.add(
-                    nft,
-                    table,
-                    "pools",
-                    before + _pack_number(key) + between + _pack_number(value),
-                    name,
-                )
+                self.tx.add(nft, table, "pools", _POOL.element(_pack_number(key), _pack_number(value)), name)
 
     def _pool_rows(self, item: Entry | None, create: bool) -> dict[int, int]:
         """Elements of `pools`: index with pool bit -> class and index."""
@@ -324,42 +339,46 @@ class Stage:
         first = layout.LOCAL_SLOT if local else 0
         nft, table = self.table.nft, self.table.name
         if item.affinity_seconds:
-            have: tuple[object, ...] = before.handles if before else ()
-            want: tuple[object, ...] = after.handles if after else ()
-            where, (head, between) = "slots", _SLOT
+            have = [_pack_number(handle) for handle in before.handles] if before else []
+            want = [_pack_number(handle) for handle in after.handles] if after else []
+            where, shape = "slots", _SLOT
             self._handles(name, before, after, "local-sticky-endpoints" if local else "sticky-endpoints")
         else:
-            have = before.targets if before else ()
-            want = after.targets if after else ()
-            where, (head, between) = "endpoints", _ENDPOINT[nft]
-        index = item.index
-        if have:
-            gone = self.tx.deleting(nft, table, where)
-            for slot, value in enumerate(have):
-                if slot >= len(want) or want[slot] != value:
-                    gone.bodies.append(encode.element(_pack_slot(index, first + slot)))
-                    gone.owners.append(name)
+            have = list(before.targets) if before else []
+            want = list(after.targets) if after else []
+            where, shape = "endpoints", _ENDPOINT[nft]
+        prefix = shape.before + _pack_number(item.index)
+        tails = _TAILS[first, shape]
         new = self.tx.adding(nft, table, where)
-        add, own = new.bodies.append, new.owners.append
-        known = len(have)
-        for slot, value in enumerate(want):
-            if slot >= known or have[slot] != value:
-                data = value if isinstance(value, bytes) else _pack_number(value)
-                add(head + _pack_slot(index, first + slot) + between + data)
-                own(name)
+        if not have and len(want) <= _SLOTS_AHEAD:
+            new.bodies += [prefix + tail + value for tail, value in zip(tails, want, strict=False)]
+            new.owners += [name] * len(want)
+            return
+        changed = [
+            slot
+            for slot in range(max(len(have), len(want)))
+            if slot >= len(have) or slot >= len(want) or have[slot] != want[slot]
+        ]
+        gone = [slot for slot in changed if slot < len(have)]
+        if gone:
+            old = self.tx.deleting(nft, table, where)
+            old.bodies += [_SLOT_KEY.element(_pack_slot(item.index, first + slot)) for slot in gone]
+            old.owners += [name] * len(gone)
+        added = [slot for slot in changed if slot < len(want)]
+        new.bodies += [prefix + _pack_number(first + slot) + shape.between + want[slot] for slot in added]
+        new.owners += [name] * len(added)
 
     def _handles(self, name: ServicePortName, before: Slots | None, after: Slots | None, where: str) -> None:
         """handle -> endpoint, for those that a client may keep to in this pool."""
         have = dict(zip(before.handles, before.targets, strict=True)) if before else {}
         want = dict(zip(after.handles, after.targets, strict=True)) if after else {}
         nft, table = self.table.nft, self.table.name
-        head, between = _HANDLE[nft]
         for handle, target in have.items():
             if want.get(handle) != target:
                 self.tx.delete(nft, table, where, encode.element(_pack_number(handle)), name)
         for handle, target in want.items():
             if have.get(handle) != target:
-                self.tx.add(nft, table, where, head + _pack_number(handle) + between + target, name)
+                self.tx.add(nft, table, where, _HANDLE[nft].element(_pack_number(handle), target), name)
 
     # -- what is shared --
 
