@@ -160,7 +160,7 @@ class Conntrack:
     def delete(self, flows: Iterable[Flow]) -> int:
         """Delete exactly these entries and return how many of them were still there.
 
-        An entry is found by its original tuple, zone and id, so a later one with the same tuple stays.
+        An entry is found by its original tuple, zone and id, so a later one to another server stays.
         Raises KernelError at the first other refusal: those before it are deleted, of those after it some may be.
         """
         pending = list(flows)

@@ -11,7 +11,8 @@ class Flow(NamedTuple):
 
     The original tuple is what the client sent, before translation; the reply tuple is what answers look like, so
     `reply_source` is who really serves the flow.  `status` holds the IPS_* bits.  `zone` is that of the original
-    direction, 0 by default.  `id` tells this entry from a later one with the same tuple.
+    direction, 0 by default.  The kernel makes `id` from the entry's place in memory and its reply tuple, so it
+    tells this entry from a later one with the same original tuple that another server answers.
     """
 
     source: bytes
