@@ -24,12 +24,12 @@ from typing import Any, NamedTuple
 import msgspec
 
 from .backend import ApplyResult, BackendContext, BackendInfo, Started, Verification
-from .changes import ChangeBatch, HostChange
+from .changes import ChangeBatch, HostChange, change
 from .delta import Ledger
 from .desired import Desired
 from .dispatch import BackendReply, BackendRunner, ObserverRunner
 from .logs import Log
-from .model import Family, HostState
+from .model import Family, HostState, ServiceState
 from .objects import Node, ServiceCIDR
 from .observer import ObserverContext
 from .source import Event, Health, Synced, Trouble
@@ -114,13 +114,12 @@ class Engine:
         self._ledger = Ledger()
         self._host: HostState | None = None
         self._host_inputs: tuple[Node | None, tuple[ServiceCIDR, ...]] = (None, ())
-        self._told_host: HostState | None = None
         self._synced = False
         self._started = False
-        self._in_flight: ChangeBatch | None = None
         self._full_reason: str | None = "start"
-        self._retry_at = 0.0
-        self._retry_pause = RETRY_FIRST_SECONDS
+        """Wanted, and not yet handed to the ledger."""
+        self._start_at = 0.0
+        self._start_pause = RETRY_FIRST_SECONDS
         self._last_end = float("-inf")
         self._verify_at = float("inf")
         self._pending_since: float | None = None
@@ -182,29 +181,23 @@ class Engine:
         return items
 
     def _next_due(self) -> float:
-        if self._in_flight is not None or self._backend.busy:
+        if self._backend.busy:
             # A call past its deadline is noticed by looking.
             return self._clock() + 5.0
-        due = self._verify_at
         if not self._started:
-            return self._retry_at
+            return self._start_at
+        due = self._verify_at
         if self._synced:
-            if self._has_work():
-                due = min(due, self._may_start_at())
-            retry = self._ledger.next_retry()
-            if retry is not None:
-                due = min(due, retry)
+            work = self._clock() if self._full_reason is not None else self._ledger.next_time(self._clock())
+            if work is not None:
+                due = min(due, max(work, self._may_start_at()))
         return due
 
     def _may_start_at(self) -> float:
-        return max(self._retry_at, self._last_end + self._settings.min_sync_period_seconds)
+        return self._last_end + self._settings.min_sync_period_seconds
 
     def _has_work(self) -> bool:
-        return (
-            self._full_reason is not None
-            or self._host is not self._told_host
-            or self._ledger.has_pending(self._clock())
-        )
+        return self._full_reason is not None or self._ledger.next_time(self._clock()) is not None
 
     def _take(self, item: _Item) -> None:
         match item:
@@ -215,7 +208,7 @@ class Engine:
             case _HostMayHaveChanged():
                 self._refresh_host()
             case _Snapshot(answer):
-                answer.set_result(self._ledger.snapshot() if self._started else None)
+                answer.set_result(self._snapshot())
             case _Stop():
                 self._stopping = True
 
@@ -255,6 +248,7 @@ class Engine:
         if host == self._host:
             return
         self._host = host
+        self._ledger.update_host(host)
         self._desired.handle((), host, arrived=time.time())
         self._collect()
 
@@ -289,12 +283,12 @@ class Engine:
 
     def _work(self) -> None:
         """Give the backend its next call, if it is idle and one is due."""
-        if self._stopping or self._backend.busy or self._in_flight is not None:
+        if self._stopping or self._backend.busy or self._ledger.in_flight is not None:
             self._publish()
             return
         now = self._clock()
         if not self._started:
-            if now >= self._retry_at:
+            if now >= self._start_at:
                 self._start_backend()
         elif self._synced and now >= self._may_start_at() and self._submit_batch(now):
             pass
@@ -305,17 +299,32 @@ class Engine:
         self._publish()
 
     def _submit_batch(self, now: float) -> bool:
-        host = None
-        if self._host is not self._told_host and self._host is not None:
-            host = HostChange(before=self._told_host, after=self._host)
-        full = self._full_reason is not None
-        batch = self._ledger.batch(now, full=full, reason=self._full_reason or "change", host=host)
+        batch = self._ledger.batch(
+            now, full=self._full_reason is not None, reason=self._full_reason or "change"
+        )
+        self._full_reason = None
         if batch is None:
-            self._pending_since = None
+            if self._ledger.next_time(now) is None:
+                self._pending_since = None
             return False
-        self._in_flight = batch
         self._backend.submit("apply", batch)
         return True
+
+    def _snapshot(self) -> ChangeBatch | None:
+        """A full batch of all that is in force, for an observer that missed events."""
+        if not self._applied_total or self._host is None:
+            return None
+        return ChangeBatch(
+            generation=self._ledger.generation,
+            changes=tuple(
+                change(name, None, state)
+                for name, state in self._ledger.acknowledged.items()
+                if isinstance(state, ServiceState)
+            ),
+            host=HostChange(before=None, after=self._host),
+            full=True,
+            reason="snapshot",
+        )
 
     def _take_reply(self, reply: BackendReply) -> None:
         match reply.kind:
@@ -329,7 +338,8 @@ class Engine:
     def _take_started(self, reply: BackendReply) -> None:
         if reply.error is not None:
             self._log.error("backend cannot start", backend=self._backend.name, error=reply.error)
-            self._pause()
+            self._start_at = self._clock() + self._start_pause
+            self._start_pause = min(self._start_pause * 2, self._settings.sync_period_seconds)
             return
         started: Started = reply.value
         self._log.info(
@@ -339,8 +349,6 @@ class Engine:
             ms=reply.seconds * 1e3,
         )
         self._started = True
-        self._told_host = None
-        self._retry_pause = RETRY_FIRST_SECONDS
         assert self._host is not None
         for observer in self._observers:
             options = self._settings.observer_options.get(observer.name, {})
@@ -349,36 +357,24 @@ class Engine:
             )
 
     def _take_applied(self, reply: BackendReply) -> None:
-        batch = self._in_flight
-        assert batch is not None
-        self._in_flight = None
+        batch: ChangeBatch = reply.args[0]
         now = self._clock()
         self._last_end = now
         if reply.error is not None:
-            self._ledger.failed(batch)
-            self._full_reason = self._full_reason or ("again after a failure" if batch.full else None)
+            why = str(reply.error)
+            self._ledger.lost(batch, why, now)
             self._log.error("backend failed", generation=batch.generation, error=reply.error)
-            self._tell_failed(
-                batch, ApplyResult(generation=batch.generation, outcome="rejected", message=str(reply.error))
-            )
-            self._pause()
+            failure = ApplyResult(generation=batch.generation, outcome="rejected", message=why)
+            self._tell_failed(batch, failure)
             return
         result: ApplyResult = reply.value
         self._ledger.acknowledge(batch, result, now)
         self._log_result(batch, result, reply.seconds)
         if result.outcome == "rejected":
             self._tell_failed(batch, result)
-            if result.culprits is None:
-                self._pause()
             return
         self._applied_total += 1
         self._last_success = time.time()
-        self._retry_pause = RETRY_FIRST_SECONDS
-        self._retry_at = 0.0
-        if batch.full:
-            self._full_reason = None
-        if batch.host is not None:
-            self._told_host = batch.host.after
         self._pending_since = now if self._has_work() else None
         self._verify_at = now + self._interval()
         for observer in self._observers:
@@ -409,11 +405,6 @@ class Engine:
             self._full_reason = "drift"
             if self._pending_since is None:
                 self._pending_since = self._clock()
-
-    def _pause(self) -> None:
-        """Wait before the next try, longer each time."""
-        self._retry_at = self._clock() + self._retry_pause
-        self._retry_pause = min(self._retry_pause * 2, self._settings.sync_period_seconds)
 
     def _log_result(self, batch: ChangeBatch, result: ApplyResult, seconds: float) -> None:
         facts: dict[str, object] = {
@@ -448,7 +439,7 @@ class Engine:
             applied_total=self._applied_total,
             last_success=self._last_success,
             pending_since=self._pending_since,
-            quarantined=self._ledger.quarantined_reasons(),
+            quarantined={name: held.why for name, held in self._ledger.quarantined.items()},
             troubles=dict(self._troubles) if self._troubles else {},
             source=self._source_health,
         )

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from types import FrameType
 
 from .backend import BackendContext
+from .cell import BackendCell
 from .changes import ChangeBatch
 from .cli.options import RunOptions
 from .dispatch import BackendReply, BackendRunner, ObserverRunner
@@ -22,7 +23,7 @@ from .kernel.families import usable_families
 from .logs import Log, get
 from .model import HostState
 from .objects import Node, ServiceCIDR
-from .plugins import BackendCell, load_backend, load_observers, load_source
+from .plugins import load_backend, load_observers, load_source
 from .source import Source, SourceContext
 
 BUILT_IN_OBSERVERS = ("conntrack", "health-check-ports")
