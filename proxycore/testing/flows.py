@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import errno
 import json
+import os
 import socket
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -117,7 +118,7 @@ class Traffic:
             return Reply("silent", client, detail=f"in {seconds:g} s")
         except OSError as error:
             outcome: Outcome = "refused" if error.errno in _REFUSALS else "broken"
-            return Reply(outcome, client, detail=error.strerror or str(error))
+            return Reply(outcome, client, detail=os.strerror(error.errno) if error.errno else str(error))
         finally:
             if made not in self._connections.values():
                 _reset(made)

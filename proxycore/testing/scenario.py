@@ -48,9 +48,9 @@ class ExpectHTTP:
 Expect = ExpectEndpoints | ExpectVerdict | ExpectHTTP
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Flow:
-    """Traffic from one client to one address, and what must come of it."""
+    """Traffic from one client to one address, and what must come of it.  Each is itself alone, equal to no other."""
 
     name: str
     kind: ClientKind
