@@ -161,11 +161,12 @@ class Cell:
         if result is None:
             return value
         if result.many:
-            if isinstance(value, list):
-                value = tuple(value)
-            if isinstance(value, tuple) and all(isinstance(item, result.kind) for item in value):
-                return value
-            raise self.error(f"{hook} returned {_kind(value)}, not a tuple of {result.kind.__name__}")
+            odd = [value]
+            if isinstance(value, tuple | list):
+                odd = [item for item in value if not isinstance(item, result.kind)]
+            if not odd:
+                return tuple(value) if isinstance(value, list) else value
+            raise self.error(f"{hook} returned {_kind(odd[0])} where {result.kind.__name__} belongs")
         if not isinstance(value, result.kind):
             raise self.error(f"{hook} returned {_kind(value)}, not {result.kind.__name__}")
         return value

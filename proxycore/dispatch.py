@@ -363,8 +363,8 @@ class ObserverRunner:
             return self._events.popleft()
 
     def _start(self) -> None:
-        self._started = self._call("proxycore_observer_start", {"context": self._context})
         self._start_again = self._clock() + START_AGAIN_SECONDS
+        self._started = self._call("proxycore_observer_start", {"context": self._context})
 
     def _start_later(self) -> None:
         """An observer that could not start misses everything until it can; then it gets the whole state."""

@@ -14,7 +14,7 @@ from .desired import Desired
 from .errors import SourceError
 from .host import InterfaceAddress, resolve_host
 from .model import FAMILIES, Family, HostState
-from .objects import Metadata, Node, ServiceCIDR, ServiceCIDRSpec
+from .objects import Node
 from .source import Event, Health, Source, Synced, Trouble
 
 SYNC_SECONDS = 60.0
@@ -99,7 +99,7 @@ def load_states(
         node_name,
         store.node,
         _named_by(store.node) if addresses is None else addresses,
-        [ServiceCIDR(metadata=Metadata(name="all"), spec=ServiceCIDRSpec(cidrs=store.service_cidrs))],
+        store.service_cidr_objects,
         families,
     )
     host = resolution.state

@@ -157,16 +157,24 @@ def read_facts(found: Found) -> BackendFacts:
     return facts
 
 
-def load_backend(name: str, trace: Trace | None = None) -> BackendCell:
-    """Import one backend, and no other.
+def check_backend(name: str) -> tuple[Found, BackendFacts]:
+    """A backend that can be loaded as far as can be told without importing it.
 
-    Raises PluginError: it is missing, claimed twice, planned, broken or incompatible; the message says which,
-    and what to do.
+    Raises PluginError: it is missing, claimed twice, planned or incompatible; the message says what to do.
     """
     found = choose(BACKENDS, name)
     facts = read_facts(found)
     if facts.state == "planned":
         raise _error(found, f"the {name} backend is not written yet; {_available()}")
+    return found, facts
+
+
+def load_backend(name: str, trace: Trace | None = None) -> BackendCell:
+    """Import one backend, and no other.
+
+    Raises PluginError as check_backend() does, or because it is broken.
+    """
+    found, facts = check_backend(name)
     cell = _load(found, BackendSpec, BackendCell, trace)
     cell.info = cell.describe()
     for field in ("name", "api", "capabilities", "conntrack"):

@@ -9,10 +9,10 @@ from .options import RunOptions
 
 def run_until_stopped(options: RunOptions) -> int:
     """`proxyctl run`."""
-    from ..plugins import BACKENDS, SOURCES, choose, read_facts
+    from ..plugins import SOURCES, check_backend, choose
 
     # What can be told without loading anything comes first: one message, and nothing was touched.
-    read_facts(choose(BACKENDS, options.backend))
+    check_backend(options.backend)
     choose(SOURCES, options.source_name)
     from ..runtime import run_proxy
 
