@@ -160,7 +160,8 @@ class Conntrack:
     def delete(self, flows: Iterable[Flow]) -> int:
         """Delete exactly these entries and return how many of them were still there.
 
-        An entry is found by its original tuple, zone and id, so a later one to another server stays.
+        An entry is found by its reply tuple and must have the id that the kernel derives from the original one:
+        a successor, of the same client to the same frontend but with another server, stays.
         Raises KernelError at the first other refusal: those before it are deleted, of those after it some may be.
         """
         pending = list(flows)
@@ -194,21 +195,25 @@ class Conntrack:
 
 
 def _delete_body(flow: Flow) -> bytes:
-    # Without a tuple the kernel would delete the whole table.
-    family: Family = "IPv4" if len(flow.source) == 4 else "IPv6"
+    # Without a tuple the kernel would delete the whole table; of two tuples it would ignore the reply's.
+    family: Family = "IPv4" if len(flow.reply_source) == 4 else "IPv6"
     source, destination = _LAYOUTS[family].ip_types
-    original = nested(
-        _CTA_TUPLE_ORIG,
-        nested(_CTA_TUPLE_IP, attribute(source, flow.source), attribute(destination, flow.destination)),
+    reply = nested(
+        _CTA_TUPLE_REPLY,
+        nested(
+            _CTA_TUPLE_IP,
+            attribute(source, flow.reply_source),
+            attribute(destination, flow.reply_destination),
+        ),
         nested(
             _CTA_TUPLE_PROTO,
             attribute(_CTA_PROTO_NUM, bytes((_UDP,))),
-            attribute(_CTA_PROTO_SRC_PORT, flow.source_port.to_bytes(2, "big")),
-            attribute(_CTA_PROTO_DST_PORT, flow.destination_port.to_bytes(2, "big")),
+            attribute(_CTA_PROTO_SRC_PORT, flow.reply_source_port.to_bytes(2, "big")),
+            attribute(_CTA_PROTO_DST_PORT, flow.reply_destination_port.to_bytes(2, "big")),
         ),
     )
-    zone = attribute(_CTA_ZONE, flow.zone.to_bytes(2, "big")) if flow.zone else b""
-    return bytes((_AF[family], 0, 0, 0)) + original + zone + attribute(_CTA_ID, flow.id.to_bytes(4, "big"))
+    zone = attribute(_CTA_ZONE, flow.reply_zone.to_bytes(2, "big")) if flow.reply_zone else b""
+    return bytes((_AF[family], 0, 0, 0)) + reply + zone + attribute(_CTA_ID, flow.id.to_bytes(4, "big"))
 
 
 def _read(datagram: memoryview, layout: _Layout, found: list[Flow]) -> None:
@@ -240,7 +245,7 @@ def _read(datagram: memoryview, layout: _Layout, found: list[Flow]) -> None:
                         continue
                     id_at = where
                     _, id = header_and_u32(datagram, start + where)
-                append(new(Flow, (src, sport, dst, dport, rsrc, rsport, rdst, rdport, status, 0, id)))
+                append(new(Flow, (src, sport, dst, dport, rsrc, rsport, rdst, rdport, status, 0, 0, id)))
                 continue
         flow = _parse(datagram[start + 16 : start + length], layout)
         if flow is not None:
@@ -261,15 +266,15 @@ def _parse(body: memoryview, layout: _Layout) -> Flow | None:
     """One entry with its parts in any order; None unless it is a complete UDP flow."""
     parts = parse_attributes(body[4:])
     try:
-        original = parse_attributes(parts[_CTA_TUPLE_ORIG])
-        ends = _ends(original, layout), _ends(parse_attributes(parts[_CTA_TUPLE_REPLY]), layout)
-        zone = parts.get(_CTA_ZONE, original.get(_CTA_TUPLE_ZONE, b"\0\0"))
+        original, reply = parse_attributes(parts[_CTA_TUPLE_ORIG]), parse_attributes(parts[_CTA_TUPLE_REPLY])
+        ends = _ends(original, layout), _ends(reply, layout)
+        zones = (parts.get(_CTA_ZONE, tuple_.get(_CTA_TUPLE_ZONE, b"\0\0")) for tuple_ in (original, reply))
         status, id = parts[_CTA_STATUS], parts[_CTA_ID]
     except KeyError:
         return None
     if ends[0] is None or ends[1] is None:
         return None
-    rest = (int.from_bytes(part, "big") for part in (status, zone, id))
+    rest = (int.from_bytes(part, "big") for part in (status, *zones, id))
     return Flow(*ends[0], *ends[1], *rest)
 
 

@@ -10,9 +10,9 @@ class Flow(NamedTuple):
     """A UDP conntrack entry.  Addresses are packed, 4 or 16 bytes in network order.
 
     The original tuple is what the client sent, before translation; the reply tuple is what answers look like, so
-    `reply_source` is who really serves the flow.  `status` holds the IPS_* bits.  `zone` is that of the original
-    direction, 0 by default.  The kernel makes `id` from the entry's place in memory and its reply tuple, so it
-    tells this entry from a later one with the same original tuple that another server answers.
+    `reply_source` is who really serves the flow.  `status` holds the IPS_* bits.  The zones are those of the two
+    directions, 0 by default.  The kernel makes `id` from the entry's place in memory and its original tuple: it is
+    not enough to tell an entry from its successor.
     """
 
     source: bytes
@@ -25,6 +25,7 @@ class Flow(NamedTuple):
     reply_destination_port: int
     status: int
     zone: int
+    reply_zone: int
     id: int
 
     def __str__(self) -> str:

@@ -22,6 +22,7 @@ table ip t {
   chain raw { type filter hook output priority -300
     udp dport 7777 ct zone set 5
     udp dport 8888 ct original zone set 6
+    udp dport 8889 ct reply zone set 7
   }
 }
 table ip6 t {
@@ -56,7 +57,14 @@ def send(namespace: Namespace, source: tuple[str, int], *destinations: tuple[str
 
 
 def traffic(namespace: Namespace) -> None:
-    send(namespace, ("127.0.0.1", 4000), ("127.0.0.1", 9999), ("127.0.0.1", 7777), ("127.0.0.1", 8888))
+    send(
+        namespace,
+        ("127.0.0.1", 4000),
+        ("127.0.0.1", 9999),
+        ("127.0.0.1", 7777),
+        ("127.0.0.1", 8888),
+        ("127.0.0.1", 8889),
+    )
     send(namespace, ("127.0.0.1", 4001), ("10.96.0.10", 53), ("10.1.2.3", 1))
     send(namespace, ("::1", 4000), ("::1", 9999), ("fd00:96::10", 53))
     with namespace.socket(socket.AF_INET, socket.SOCK_STREAM) as server:
@@ -66,25 +74,27 @@ def traffic(namespace: Namespace) -> None:
             client.connect(server.getsockname())
 
 
-def seen_by_tool(namespace: Namespace, family: str) -> set[tuple[str, str, int, int]]:
+def seen_by_tool(namespace: Namespace, family: str) -> set[tuple[object, ...]]:
     done = namespace.run(["conntrack", "-L", "-p", "udp", "-f", family.lower(), "-o", "extended,id"])
     found = set()
     for line in done.stdout.splitlines():
         ends = re.findall(r"src=(\S+) dst=(\S+) sport=(\d+) dport=(\d+)", line)
-        zone = re.search(r"zone(?:-orig)?=(\d+)", line)
+        zones = [re.search(rf" zone(?:-{way})?=(\d+)", line) for way in ("orig", "reply")]
         number = re.search(r" id=(\d+)", line)
         assert len(ends) == 2
         assert number
-        found.add((str(ends[0]), str(ends[1]), int(zone[1]) if zone else 0, int(number[1])))
+        found.add(
+            (str(ends[0]), str(ends[1]), *(int(zone[1]) if zone else 0 for zone in zones), int(number[1]))
+        )
     return found
 
 
-def as_tool(flow: Flow) -> tuple[str, str, int, int]:
+def as_tool(flow: Flow) -> tuple[object, ...]:
     def end(source: bytes, source_port: int, destination: bytes, destination_port: int) -> str:
         addresses = (endpoint_text(a, 0).removesuffix(":0").strip("[]") for a in (source, destination))
         return str((*addresses, str(source_port), str(destination_port)))
 
-    return end(*flow[:4]), end(*flow[4:8]), flow.zone, flow.id
+    return end(*flow[:4]), end(*flow[4:8]), flow.zone, flow.reply_zone, flow.id
 
 
 @pytest.mark.root
@@ -96,7 +106,7 @@ def test_the_same_flows_as_the_conntrack_tool_sees(
     traffic(namespace)
     table._filter = filtered
     flows = table.udp_flows(family)
-    assert len(flows) == {"IPv4": 5, "IPv6": 2}[family]
+    assert len(flows) == {"IPv4": 6, "IPv6": 2}[family]
     assert {as_tool(flow) for flow in flows} == seen_by_tool(namespace, family)
 
 
@@ -186,7 +196,7 @@ def test_many_flows_are_read_and_deleted(namespace: Namespace, table: Conntrack)
 def test_a_refusal_names_the_flow(namespace: Namespace, table: Conntrack):
     send(namespace, ("127.0.0.1", 4002), ("10.1.0.1", 77))
     (flow,) = table.udp_flows("IPv4")
-    impossible = flow._replace(source=b"\0" * 16, destination=b"\0" * 4)
+    impossible = flow._replace(reply_source=b"\0" * 16)
     with pytest.raises(conntrack.KernelError, match="cannot delete UDP flow"):
         table.delete([impossible])
     assert table.udp_flows("IPv4") == [flow]
