@@ -218,7 +218,7 @@ def identify(value: object) -> Key | None:
     if not isinstance(value, dict):
         return None
     kind, metadata = value.get("kind"), value.get("metadata")
-    if kind not in _TYPES or not isinstance(metadata, dict):
+    if not isinstance(kind, str) or kind not in _TYPES or not isinstance(metadata, dict):
         return None
     name, namespace = metadata.get("name"), metadata.get("namespace")
     if not isinstance(name, str) or not name or not isinstance(namespace, str | None):

@@ -11,8 +11,7 @@ import os
 import stat
 import threading
 import time
-from collections.abc import Iterator
-from itertools import groupby
+from collections.abc import Iterable, Iterator
 from typing import Annotated, BinaryIO, Literal, NamedTuple
 
 import msgspec
@@ -224,6 +223,25 @@ def _header(path: str, file: BinaryIO) -> Header:
     return header
 
 
+def _moments(timed: Iterable[Timed]) -> Iterator[tuple[float, list[Event]]]:
+    """Events of the same moment together; those before a failure come before it is raised."""
+    together: list[Event] = []
+    at = 0.0
+    try:
+        for t, event in timed:
+            if together and t != at:
+                yield at, together
+                together = []
+            at = t
+            together.append(event)
+    except SourceError:
+        if together:
+            yield at, together
+        raise
+    if together:
+        yield at, together
+
+
 class RecordingSource:
     """Replays a recording: at once, or `pace` times as fast as it was, then ends.
 
@@ -254,8 +272,7 @@ class RecordingSource:
         start = time.monotonic()
         synced = False
         last: Event | None = None
-        for t, together in groupby(read_recording(self._path), key=lambda timed: timed.t):
-            events = [timed.event for timed in together]
+        for t, events in _moments(read_recording(self._path)):
             delay = start + t / self._pace - time.monotonic() if self._pace else 0.0
             if self._stopped.wait(delay) if delay > 0 else self._stopped.is_set():
                 return
