@@ -12,7 +12,7 @@ from ..errors import ConfigError, DecodeError
 from ..yamlio import Document, load_documents
 from .field import API_VERSIONS, Field
 from .fields import BY_PATH
-from .values import check, is_zero, typed
+from .values import check, is_blank, is_zero, typed
 
 MAX_BYTES = 1 << 20
 MAX_ALIASES = 100
@@ -167,7 +167,8 @@ class _Section:
             return
         try:
             decoded = typed(field, value)
-            if field.zero_is_default and is_zero(decoded):
+            unset = is_blank if field.treatment == "ignored" else is_zero
+            if field.zero_is_default and unset(decoded):
                 return
             check(field, decoded)
         except ValueError as error:

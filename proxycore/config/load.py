@@ -97,7 +97,9 @@ def _flags(flags: Mapping[str, object], written: Written) -> dict[str, Setting]:
             continue
         fields = _FLAGS.get(name.replace("_", "-")) or ((BY_PATH[name],) if name in BY_PATH else ())
         if not fields:
-            written.problems.append(Problem(None, None, f"flag {name}", "is unknown"))
+            close = difflib.get_close_matches(name, [*_FLAGS, *BY_PATH], n=1, cutoff=0.7)
+            hint = f"; did you mean {close[0]}?" if close else ""
+            written.problems.append(Problem(None, name, "", f"is no field and no flag{hint}"))
         for field in fields:
             _take(field, value, f"--{name.replace('_', '-')}", "flag", written, found, shared=len(fields) > 1)
     return found

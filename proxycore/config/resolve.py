@@ -14,7 +14,15 @@ from .fields import BY_PATH, FIELDS
 from .gates import GATES
 from .kubeproxy import DEFAULT_MODE, MODES
 from .model import Config, Conntrack
-from .values import check_interface, families, join_host_port, parse_address, parse_cidr, parse_endpoint
+from .values import (
+    check_interface,
+    families,
+    is_blank,
+    join_host_port,
+    parse_address,
+    parse_cidr,
+    parse_endpoint,
+)
 
 HEALTHZ_PORT = 10256
 METRICS_PORT = 10249
@@ -277,7 +285,8 @@ class Resolver:
             ("bridge_interface", "detectLocal.bridgeInterface", "BridgeInterface"),
             ("interface_name_prefix", "detectLocal.interfaceNamePrefix", "InterfaceNamePrefix"),
         ):
-            text = found[name] = self.values[path]
+            text = self.values[path]
+            found[name] = text if mode == wanting else ""
             if text:
                 try:
                     check_interface(text)
@@ -347,7 +356,8 @@ class Resolver:
                 self._no_effect([field.path], field.note)
 
     def _is_harmless(self, field: Field) -> bool:
-        return self.values[field.path] in field.harmless
+        value = self.values[field.path]
+        return is_blank(value) or value in field.harmless
 
     def _warn_about_other_modes(self, backend: str, mode: str) -> None:
         """Settings of a mode that is not in use, named once for each section."""

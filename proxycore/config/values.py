@@ -71,13 +71,16 @@ def check(field: Field, value: object) -> None:
         raise ValueError(f"{value} is less than {low}")
 
 
-def is_zero(value: object, *, nested: bool = False) -> bool:
-    """Is it what Go leaves in a field that nobody has set?  A mapping is when everything in it is."""
-    if isinstance(value, dict):
-        return all(is_zero(part, nested=True) for part in value.values())
-    if isinstance(value, list | tuple):
-        return not value
-    return value in (None, False, 0, "") or (nested and value in ("0", "0s"))
+def is_zero(value: object) -> bool:
+    """Is it what Go leaves in a field that nobody has set?"""
+    return value in (None, False, 0, "", (), [], {})
+
+
+def is_blank(value: object) -> bool:
+    """Is there nothing but zero values, however deep?"""
+    if isinstance(value, Mapping):
+        return all(is_blank(part) for part in value.values())
+    return is_zero(value) or value in ("0", "0s")
 
 
 _WANTED = {
