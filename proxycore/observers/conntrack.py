@@ -1,0 +1,175 @@
+"""Observer `conntrack`: deletes UDP flows that stay translated to endpoints which do not serve them any more.
+
+It looks when a batch took endpoints or frontends away from a UDP Service, and from time to time.  TCP and SCTP are
+never touched.  Option `periodSeconds`: time between two looks without a cause, 0: never; default 60.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
+
+from .. import logs
+from ..backend import ApplyResult
+from ..changes import ChangeBatch
+from ..errors import ConfigError, KernelError
+from ..hookspecs import hookimpl
+from ..kernel.conntrack import Conntrack
+from ..kernel.flow import Flow
+from ..observer import ObserverContext
+from .staleflows import FlowIndex, is_certain, stale
+
+PERIOD_SECONDS = 60.0
+GRACE_SECONDS = 0.25
+"""A flow at a server that was never an endpoint as far as we know is looked at twice, this far apart.
+
+The next batch may be in the kernel before this observer hears of it: the server may be an endpoint since just now.
+"""
+_RETRY_SECONDS = (1.0, 60.0)
+
+
+class Look(NamedTuple):
+    """What one reconciliation found: flows read, entries deleted, and flows to be looked at again."""
+
+    flows: int
+    deleted: int
+    uncertain: tuple[Flow, ...]
+
+
+class ConntrackObserver:
+    """Hooks only keep the index; a worker thread of its own reads and deletes, one look at a time."""
+
+    def __init__(self) -> None:
+        self.deleted_total = 0
+        self.looks_total = 0
+        self.failures_total = 0
+        self._log = logs.get("conntrack")
+        self._changed = threading.Condition()
+        self._index = FlowIndex()
+        self._revision = 0
+        self._wanted = self._stopping = False
+        self._period = PERIOD_SECONDS
+        self._worker: threading.Thread | None = None
+
+    @hookimpl
+    def proxycore_observer_start(self, context: ObserverContext) -> None:
+        if not context.backend.conntrack:
+            self._log.info("not needed by this backend", backend=context.backend.name)
+            return
+        self._period = _period(context.options)
+        self._index.set_host(context.host)
+        self._worker = threading.Thread(target=self._work, name="conntrack-worker", daemon=True)
+        self._worker.start()
+
+    @hookimpl
+    def proxycore_observer_applied(self, batch: ChangeBatch, result: ApplyResult) -> None:
+        if self._worker is None:
+            return
+        with self._changed:
+            self._revision += 1
+            if self._index.update(batch, result):
+                self._wanted = True
+                self._changed.notify_all()
+
+    @hookimpl
+    def proxycore_observer_stop(self) -> None:
+        with self._changed:
+            self._stopping = True
+            self._changed.notify_all()
+        if self._worker is not None:
+            self._worker.join(10)
+
+    # -- the worker ------------------------------------------------------------------------------------------------
+
+    def _work(self) -> None:
+        periodic = _in(self._period)
+        retry = again = float("inf")
+        pause = _RETRY_SECONDS[0]
+        uncertain: tuple[Flow, ...] = ()
+        while self._wait(min(periodic, retry, again)):
+            now = time.monotonic()
+            try:
+                if uncertain and now >= again:
+                    self._delete_still_stale(uncertain)
+                    uncertain, again = (), float("inf")
+                if self._take_wanted() or now >= min(periodic, retry):
+                    uncertain = self._look().uncertain
+                    again = _in(GRACE_SECONDS) if uncertain else float("inf")
+                    periodic = _in(self._period)
+                retry, pause = float("inf"), _RETRY_SECONDS[0]
+            except KernelError as error:
+                self.failures_total += 1
+                self._log.warning("stale UDP flows not cleaned, trying again", error=error, seconds=pause)
+                uncertain, again = (), float("inf")
+                retry, pause = _in(pause), min(2 * pause, _RETRY_SECONDS[1])
+
+    def _wait(self, until: float) -> bool:
+        """Wait for work or a point in time; False: stop."""
+        with self._changed:
+            while not self._stopping and not self._wanted:
+                left = until - time.monotonic()
+                if left <= 0:
+                    break
+                self._changed.wait(None if left == float("inf") else left)
+            return not self._stopping
+
+    def _take_wanted(self) -> bool:
+        with self._changed:
+            wanted, self._wanted = self._wanted, False
+            return wanted
+
+    def _look(self) -> Look:
+        """Read all UDP flows and delete the stale ones.  Raises KernelError: some may be left."""
+        began = time.monotonic()
+        with self._changed:
+            revision, families = self._revision, self._index.families()
+        if not families:
+            return Look(0, 0, ())
+        with Conntrack() as table:
+            flows = [flow for family in families for flow in table.udp_flows(family)]
+            with self._changed:
+                found = list(stale(flows, self._index))
+                certain = [flow for flow in found if is_certain(flow, self._index)]
+            deleted = table.delete(certain)
+        with self._changed:
+            # What has become stale since the flows were read was not among them.
+            if self._revision == revision:
+                self._index.settle()
+        uncertain = tuple(set(found).difference(certain))
+        look = Look(len(flows), deleted, uncertain)
+        self.looks_total += 1
+        self._count(deleted, len(flows), time.monotonic() - began)
+        return look
+
+    def _delete_still_stale(self, flows: Iterable[Flow]) -> None:
+        began = time.monotonic()
+        with self._changed:
+            found = list(stale(flows, self._index))
+        if found:
+            with Conntrack() as table:
+                self._count(table.delete(found), len(found), time.monotonic() - began)
+
+    def _count(self, deleted: int, flows: int, seconds: float) -> None:
+        self.deleted_total += deleted
+        if deleted:
+            self._log.info(
+                "stale UDP flows deleted", deleted=deleted, flows=flows, milliseconds=round(seconds * 1000)
+            )
+
+
+def _in(seconds: float) -> float:
+    return time.monotonic() + seconds if seconds > 0 else float("inf")
+
+
+def _period(options: Mapping[str, Any]) -> float:
+    value = options.get("periodSeconds", PERIOD_SECONDS)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < float("inf"):
+        raise ConfigError(f"must be a number of seconds, 0 or more, not {value!r}", field="periodSeconds")
+    return float(value)
+
+
+def plugin() -> ConntrackObserver:
+    """Entry point of group `proxycore.plugins`."""
+    return ConntrackObserver()
