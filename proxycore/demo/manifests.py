@@ -25,12 +25,11 @@ class Pod:
 
 
 def examples() -> Path:
-    """The folder of example manifests: inside the package when installed, beside it in a checkout."""
-    installed = Path(__file__).with_name("examples")
-    folder = installed if installed.is_dir() else Path(__file__).parents[2] / "examples"
+    """The folder of example manifests; a checkout has a link here to the one at its root."""
+    folder = Path(__file__).with_name("examples")
     if not (folder / CONFIG).is_file():
         raise ConfigError("the example manifests are missing; install proxycore anew", file=str(folder))
-    return folder
+    return folder.resolve()
 
 
 class Folder:
