@@ -14,7 +14,7 @@ SECTION_FLAGS = ("iptables-sync-period", "iptables-min-sync-period", "masquerade
 
 _MIN_SYNC = "a positive value is honoured; kube-proxy's default of 1s is not applied: changes need not wait"
 _SYNC = "limits the back-off after a failure and says how long work may wait before the proxy is unwell"
-_WINDOWS = "is for Windows"
+_WINDOWS = "it is for Windows"
 _JSON_ONLY = "the API is spoken in JSON"
 
 
@@ -138,6 +138,7 @@ _BY_MODE = (
         "iptables.localhostNodePorts",
         "bool",
         True,
+        "IPv4 only, where nodePortAddresses reach loopback",
         flags=("iptables-localhost-nodeports",),
         zero_is_default=False,
     ),

@@ -22,8 +22,11 @@ def field_row(field: Field) -> str:
     treatment = TREATMENTS[field.treatment] + (f": {field.note}" if field.note else "")
     if field.choices:
         treatment += f" ({', '.join(f'`{choice}`' for choice in field.choices)})"
-    flags = ", ".join(f"`--{flag}`" for flag in field.flags)
-    return f"| `{field.path}` | `{default}` | {treatment} | `{field.environment}` | {flags} |".replace(
+    row = f"| `{field.path}` | `{default}` | {treatment} | `{field.environment}` |"
+    if field.document == PROXYCORE:
+        return row
+    flags = ", ".join(f"`{flag}`" for flag in field.flags)
+    return f"{row} {flags} |".replace("|  |", "| |")
         "|  |", "| |"
     )
 
