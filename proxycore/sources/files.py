@@ -41,7 +41,8 @@ class FileSource:
     """
 
     def __init__(self, argument: str) -> None:
-        self._folder = Folder(argument)
+        self._stopped = threading.Event()
+        self._folder = Folder(argument, self._stopped)
         self._manifests = ManifestSet()
         self._watches: Watches | None = None
         self._dependents: dict[Lookup, set[str]] = {}
@@ -54,7 +55,6 @@ class FileSource:
         self._checking = False
         self._synced = False
         self._stale = False
-        self._stopped = threading.Event()
         self._lock = threading.Lock()
         self._wake = -1
 

@@ -6,7 +6,9 @@ import errno
 import hashlib
 import os
 import stat
+import threading
 import time
+from concurrent.futures import Future
 from typing import NamedTuple
 
 from .manifests import Manifest, broken, parse
@@ -15,6 +17,8 @@ from .watches import CONTENTS, NAMES, Lookup, Resolved, resolve
 SUFFIXES = (".yaml", ".yml", ".json")
 MAX_BYTES = 256 << 20
 """The size of a file that is read at all; YAML has a limit of its own."""
+LARGE_BYTES = 4 << 20
+"""From this size on parsing may take so long that a stop must not wait for it."""
 MISSING = "does not exist"
 _RACY_NS = 50_000_000
 """A file changed so shortly before it was read may change again without its time stamp showing it."""
@@ -39,7 +43,8 @@ class Folder:
     its own key.
     """
 
-    def __init__(self, argument: str) -> None:
+    def __init__(self, argument: str, stopped: threading.Event) -> None:
+        self._stopped = stopped
         self.argument = argument if argument == "/" else argument.rstrip("/")
         self.root = Resolved((), None)
         self.directory: str | None = None
@@ -157,7 +162,25 @@ class Folder:
         self.seen[key] = Seen(signature, digest)
         if before is not None and before.digest == digest:
             return None
-        return parse(data)
+        return parse(data) if len(data) < LARGE_BYTES else self._parse_aside(data)
+
+    def _parse_aside(self, data: bytes) -> Manifest | None:
+        """Parse on another thread, which is left behind when the source is stopped meanwhile (then None)."""
+        future: Future[Manifest] = Future()
+
+        def run() -> None:
+            try:
+                future.set_result(parse(data))
+            except Exception as error:  # noqa: BLE001 - it is raised again where the result is asked for
+                future.set_exception(error)
+
+        threading.Thread(target=run, name="parse", daemon=True).start()
+        while not self._stopped.is_set():
+            try:
+                return future.result(timeout=0.1)
+            except TimeoutError:
+                continue
+        return None
 
 
 def _read(path: str) -> tuple[bytes, tuple[int, ...] | None]:

@@ -119,6 +119,11 @@ def sink():
 
 
 @pytest.fixture
+def new_sink():
+    return Collected
+
+
+@pytest.fixture
 def place():
     """Write a file elsewhere in the same file system and rename it into place."""
 

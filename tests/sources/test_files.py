@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import tempfile
 import threading
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from proxycore.errors import SourceError
 from proxycore.source import Applied, Deleted, Health, SourceContext, Synced, Trouble
@@ -464,6 +467,127 @@ def test_stop_before_run_and_twice(tmp_path, sink):
     source.run(sink)
     source.stop()
     assert sink.events == []
+
+
+def test_stop_does_not_wait_for_a_large_file(tmp_path, sink, service, monkeypatch):
+    (tmp_path / "a.yaml").write_text(service("a") + "# padding\n" * 500_000)
+    parsing, go_on = threading.Event(), threading.Event()
+
+    def endless(data):
+        parsing.set()
+        go_on.wait(60)
+        return manifests.Manifest()
+
+    monkeypatch.setattr("proxycore.sources.folder.parse", endless)
+    source = FileSource(str(tmp_path))
+    thread = threading.Thread(target=source.run, args=(sink,), daemon=True)
+    thread.start()
+    assert parsing.wait(20)
+    source.stop()
+    thread.join(20)
+    assert not thread.is_alive()
+    go_on.set()
+    assert sink.events == []
+
+
+def test_large_file_is_read_like_any_other(tmp_path, follow, service):
+    (tmp_path / "a.yaml").write_text(service("a") + "# padding\n" * 500_000 + "---\n" + service("b"))
+    sink = follow(tmp_path)
+    sink.until(synced)
+    assert sink.names == {"a", "b"}
+
+
+class Writer:
+    """Does to a folder what people, editors and tools do, as fast as it can."""
+
+    def __init__(self, folder, service):
+        self.folder, self.service = folder, service
+        self.folder.mkdir()
+
+    def contents(self, name, address):
+        return self.service(name, f"10.0.0.{address}")
+
+    def write(self, file, name, address):
+        self.remove_link(file)
+        (self.folder / file).write_text(self.contents(name, address))
+
+    def replace(self, file, name, address):
+        (self.folder / ".new").write_text(self.contents(name, address))
+        os.rename(self.folder / ".new", self.folder / file)
+
+    def editor(self, file, name, address):
+        if os.path.lexists(self.folder / file):
+            os.rename(self.folder / file, self.folder / f"{file}~")
+        self.write(file, name, address)
+
+    def link(self, file, name, address):
+        (self.folder.parent / f"target{address}").write_text(self.contents(name, address))
+        (self.folder / ".new").symlink_to(f"../target{address}")
+        os.rename(self.folder / ".new", self.folder / file)
+
+    def through_link(self, file, name, address):
+        if (self.folder / file).is_symlink():
+            (self.folder / file).write_text(self.contents(name, address))
+
+    def move(self, file, name, address):
+        if os.path.lexists(self.folder / file):
+            os.rename(self.folder / file, self.folder / f"{address}.yaml")
+
+    def remove(self, file, name, address):
+        (self.folder / file).unlink(missing_ok=True)
+
+    def remove_link(self, file):
+        if (self.folder / file).is_symlink():
+            (self.folder / file).unlink()
+
+    def swap_folder(self, file, name, address):
+        copy = self.folder.parent / "copy"
+        shutil.copytree(self.folder, copy, symlinks=True)
+        (copy / file).unlink(missing_ok=True)
+        (copy / file).write_text(self.contents(name, address))
+        os.rename(self.folder, self.folder.parent / "old")
+        os.rename(copy, self.folder)
+        shutil.rmtree(self.folder.parent / "old")
+
+    def expected(self):
+        found = {}
+        for path in sorted(self.folder.glob("*.yaml")):
+            for key, item in manifests.parse(path.read_bytes()).objects.items():
+                found[key] = item.object
+        return found
+
+
+ACTIONS = ["write", "replace", "editor", "link", "through_link", "move", "remove", "swap_folder"]
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    st.lists(
+        st.tuples(
+            st.sampled_from(ACTIONS),
+            st.sampled_from(["1.yaml", "2.yaml", "3.yaml"]),
+            st.sampled_from("abc"),
+            st.integers(1, 5),
+        ),
+        max_size=25,
+    )
+)
+def test_whatever_is_done_to_the_folder_the_end_is_what_stands_there(service, new_sink, actions):
+    with tempfile.TemporaryDirectory() as scratch:
+        writer, sink = Writer(Path(scratch) / "folder", service), new_sink()
+        source = FileSource(str(writer.folder))
+        thread = threading.Thread(target=source.run, args=(sink,), daemon=True)
+        thread.start()
+        try:
+            for action, *arguments in actions:
+                getattr(writer, action)(*arguments)
+            writer.replace("last.yaml", "last", 1)
+            expected = writer.expected()
+            sink.until(lambda s: s.synced and s.objects == expected)
+        finally:
+            source.stop()
+            thread.join(20)
+        assert not thread.is_alive()
 
 
 def test_run_gives_everything_back(tmp_path, sink):
