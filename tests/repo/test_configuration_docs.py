@@ -27,8 +27,6 @@ def field_row(field: Field) -> str:
         return row
     flags = ", ".join(f"`{flag}`" for flag in field.flags)
     return f"{row} {flags} |".replace("|  |", "| |")
-        "|  |", "| |"
-    )
 
 
 def gate_row(name: str) -> str:
