@@ -383,6 +383,7 @@ def config_validate(
 
 def run_command_line(arguments: Sequence[str] | None = None) -> int:
     """Parse and run; every way to end becomes an exit code."""
+    stdout = sys.stdout
     try:
         result = app(
             args=None if arguments is None else list(arguments), prog_name="proxyctl", standalone_mode=False
@@ -391,7 +392,10 @@ def run_command_line(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         return hang_up()
     except SystemExit as error:
-        # typer ends so after completion, and by its own treatment of a broken pipe.
+        # typer ends so after completion; and for a broken pipe, with another stdout in the place of ours.
+        if sys.stdout is not stdout:
+            sys.stdout = stdout
+            return hang_up()
         return error.code if isinstance(error.code, int) else Exit.OK
     except (KeyboardInterrupt, typer.Abort):
         return Exit.INTERRUPTED

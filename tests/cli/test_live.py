@@ -1,0 +1,107 @@
+"""Commands that last, as processes: what they leave, how signals end them, who reads them."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from typing import IO
+
+import pytest
+
+from .conftest import Installed, Run
+
+SECONDS = 30.0
+"""Only how long a failing test may hang."""
+
+
+def lines_until(stream: IO[str], word: str) -> list[str]:
+    """Read up to a line with the word in it."""
+    lines = []
+    for line in stream:
+        lines.append(line)
+        if word in line:
+            return lines
+    raise AssertionError(f"{word!r} was never said:\n{''.join(lines)}")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_run_programs_and_leaves_it_when_a_signal_ends_it(
+    installed: Installed, number: signal.Signals
+) -> None:
+    process = installed.popen(
+        "run", "--backend", "mem", "--source", f"file:{installed.manifests}", "--safe", "--log-format", "json"
+    )
+    with process:
+        assert process.stderr is not None
+        assert process.stdout is not None
+        try:
+            lines = lines_until(process.stderr, '"synced"')
+            process.send_signal(number)
+            assert process.wait(SECONDS) == 0
+            assert process.stdout.read() == ""
+        finally:
+            process.kill()
+    assert installed.kernel.read_text() == "shop/web:http\n"
+    assert all(line.startswith("{") for line in lines)
+
+
+STUBBORN = """
+import signal, sys
+from proxycore.cli.signals import stopping
+with stopping(lambda: print("stopping", flush=True)):
+    print("ready", flush=True)
+    while True:
+        signal.pause()
+"""
+
+
+def test_the_second_signal_ends_the_process_at_once() -> None:
+    with subprocess.Popen([sys.executable, "-c", STUBBORN], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        try:
+            assert process.stdout.readline() == "ready\n"
+            process.send_signal(signal.SIGTERM)
+            assert process.stdout.readline() == "stopping\n"
+            process.send_signal(signal.SIGINT)
+            assert process.wait(SECONDS) == 128 + signal.SIGINT
+        finally:
+            process.kill()
+
+
+def test_handlers_come_back() -> None:
+    from proxycore.cli.signals import stopping
+
+    before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
+    with stopping(lambda: None):
+        assert signal.getsignal(signal.SIGTERM) is not before[0]
+    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == before
+
+
+def test_a_recording_renders_as_its_source_does(installed: Installed, proxyctl: Run) -> None:
+    file = installed.kernel.with_name("today.rec")
+    code, out, err = proxyctl("record", "--source", f"file:{installed.manifests}", "--for", "0.5", file)
+    assert (code, out) == (0, "")
+    assert "events recorded" in err
+    rendered = proxyctl("render", "--backend", "mem", "--source", f"recording:{file}")
+    assert rendered.code == 0
+    assert rendered.out == proxyctl("render", "--backend", "mem", installed.manifests).out
+
+
+def test_a_reader_that_went_away_ends_it_quietly(installed: Installed) -> None:
+    read, write = os.pipe()
+    os.close(read)
+    with installed.popen("config", "show", stdout=write) as process:
+        os.close(write)
+        _, err = process.communicate(timeout=SECONDS)
+    assert (process.returncode, err) == (141, "")
+
+
+def test_help_for_a_reader_that_went_away(installed: Installed) -> None:
+    read, write = os.pipe()
+    os.close(read)
+    with installed.popen("--help", stdout=write) as process:
+        os.close(write)
+        _, err = process.communicate(timeout=SECONDS)
+    assert (process.returncode, err) == (141, "")
