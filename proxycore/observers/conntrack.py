@@ -99,8 +99,10 @@ class ConntrackObserver:
                     again = _in(GRACE_SECONDS) if uncertain else float("inf")
                     periodic = _in(self._period)
                 retry, pause = float("inf"), _RETRY_SECONDS[0]
-            except KernelError as error:
+            except Exception as error:  # noqa: BLE001  the thread must live on, and says what happened
                 self.failures_total += 1
+                if not isinstance(error, KernelError):
+                    self._log.exception("looking for stale UDP flows failed by a bug", error)
                 self._log.warning("stale UDP flows not cleaned, trying again", error=error, seconds=pause)
                 uncertain, again = (), float("inf")
                 retry, pause = _in(pause), min(2 * pause, _RETRY_SECONDS[1])
