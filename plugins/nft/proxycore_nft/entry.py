@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+import re
 from collections.abc import Sequence
 
 import msgspec
@@ -46,12 +47,12 @@ class Entry(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     last_ordinal: int = 0
 
 
-_SAFE = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789-._/:")
+_UNSAFE = re.compile(r"[^a-zA-Z0-9\-._/:]")
 
 
 def safe_comment(name: str) -> str:
     """A Service port's name as an element comment: no quotes, no control characters, at most 120 bytes."""
-    return "".join(c if c in _SAFE else "?" for c in name[:120])
+    return _UNSAFE.sub("?", name[:120])
 
 
 def keep_in_place(old: Sequence[bytes], wanted: Sequence[bytes]) -> tuple[bytes, ...]:
@@ -89,7 +90,7 @@ def keep_in_place(old: Sequence[bytes], wanted: Sequence[bytes]) -> tuple[bytes,
 
 def _targets(endpoints: Sequence[Endpoint]) -> list[bytes]:
     result = layout.targets_bytes(endpoints)
-    if any(e.weight != 1 for e in endpoints):
+    if [e.weight for e in endpoints].count(1) != len(endpoints):
         result = [t for t, e in zip(result, endpoints, strict=True) for _ in range(e.weight)]
     if len(result) > layout.POOL_MAX:
         raise TooMany(f"{len(result)} endpoints in one pool; the nft backend holds {layout.POOL_MAX}")

@@ -14,7 +14,7 @@ from proxycore.api import Family, ServicePortName, ServiceState
 from . import classes, encode, entry, layout
 from .classes import Class
 from .entry import Entry, Slots, TooMany
-from .transaction import Transaction
+from .transaction import Elements, Transaction
 
 HOST_SETS = ("node-addresses", "local-pods", "service-cidrs")
 
@@ -117,6 +117,7 @@ class Stage:
         self._cluster_ips: dict[bytes, int] = {}
         self._hairpin: dict[bytes, int] = {}
         self._host: dict[str, tuple[bytes, ...]] = {}
+        self._adding: dict[str, Elements] = {}
         self.finished = False
 
     # -- Services --
@@ -136,14 +137,17 @@ class Stage:
             self._freed.append((self.table.indexes(bool(old.affinity_seconds)), old.index))
         self.entries[name] = new
         self._references(old, new)
-        self._write(name, old, new)
+        if old is None and new is not None:
+            self._write_new(name, new)
+        else:
+            self._write(name, old, new)
 
     def restore(self, name: ServicePortName, item: Entry) -> None:
         """Write an entry that is known already, all of it."""
         self.entries[name] = item
         self.table.indexes(bool(item.affinity_seconds)).used.add(item.index)
         self._references(None, item)
-        self._write(name, None, item)
+        self._write_new(name, item)
 
     def _index_for(self, state: ServiceState, old: Entry | None) -> int:
         sticky = bool(state.affinity_seconds)
@@ -210,6 +214,41 @@ class Stage:
                 counts[address] = counts.get(address, 0) - 1
             for address in after:
                 counts[address] = counts.get(address, 0) + 1
+
+    def _into(self, where: str) -> Elements:
+        """Elements to be put into a set."""
+        found = self._adding.get(where)
+        if found is None:
+            found = self._adding[where] = self.tx.adding(self.table.nft, self.table.name, where)
+        return found
+
+    def _write_new(self, name: ServicePortName, item: Entry) -> None:
+        """All elements of a Service port of which the kernel has none: what a full load consists of."""
+        nft = self.table.nft
+        note = encode.comment(item.comment)
+        for where, frontends in (("frontends", item.frontends), ("node-ports", item.node_ports)):
+            if frontends:
+                shape = _FRONTEND[nft, where]
+                into = self._into(where)
+                for key, value in frontends:
+                    into.bodies.append(shape.element_with(key, _pack_number(value), note))
+                    into.owners.append(name)
+        if item.firewall:
+            self._walls(name, (), item.firewall)
+        pools = self._into("pools")
+        for slots, local in ((item.cluster, False), (item.local, True)):
+            if slots is None:
+                continue
+            number = self._class(slots, local, item.affinity_seconds, create=True)
+            key_number = item.index | layout.LOCAL if local else item.index
+            pools.bodies.append(
+                _POOL.element(
+                    _pack_number(key_number), _pack_number(number << layout.CLASS_SHIFT | item.index)
+                )
+            )
+            pools.owners.append(name)
+            if slots.targets:
+                self._fill(name, item, None, slots, "local" if local else "cluster")
 
     def _write(self, name: ServicePortName, old: Entry | None, new: Entry | None) -> None:
         self._frontends(
@@ -339,17 +378,17 @@ class Stage:
         first = layout.LOCAL_SLOT if local else 0
         nft, table = self.table.nft, self.table.name
         if item.affinity_seconds:
-            have = [_pack_number(handle) for handle in before.handles] if before else []
-            want = [_pack_number(handle) for handle in after.handles] if after else []
+            have = tuple([_pack_number(handle) for handle in before.handles]) if before else ()
+            want = tuple([_pack_number(handle) for handle in after.handles]) if after else ()
             where, shape = "slots", _SLOT
             self._handles(name, before, after, "local-sticky-endpoints" if local else "sticky-endpoints")
         else:
-            have = list(before.targets) if before else []
-            want = list(after.targets) if after else []
+            have = before.targets if before else ()
+            want = after.targets if after else ()
             where, shape = "endpoints", _ENDPOINT[nft]
         prefix = shape.before + _pack_number(item.index)
         tails = _TAILS[first, shape]
-        new = self.tx.adding(nft, table, where)
+        new = self._into(where)
         if not have and len(want) <= _SLOTS_AHEAD:
             new.bodies += [prefix + tail + value for tail, value in zip(tails, want, strict=False)]
             new.owners += [name] * len(want)
@@ -399,12 +438,20 @@ class Stage:
             ("cluster-ips", self.table.cluster_ips, self._cluster_ips, bytes),
             ("hairpin", self.table.hairpin, self._hairpin, _twice),
         ):
+            if not changes:
+                continue
+            added: list[bytes] = []
             for address, change in changes.items():
                 before = counts.get(address, 0)
                 if before == 0 and before + change > 0:
-                    self.tx.add(self.table.nft, self.table.name, where, encode.element(key_of(address)))
+                    added.append(key_of(address))
                 elif before > 0 and before + change == 0:
                     self.tx.delete(self.table.nft, self.table.name, where, encode.element(key_of(address)))
+            if added:
+                shape = encode.KeyElements(len(added[0]))
+                into = self._into(where)
+                into.bodies += [shape.element(key) for key in added]
+                into.owners += [None] * len(added)
 
     def commit(self) -> None:
         """The kernel has accepted: the mirror follows."""

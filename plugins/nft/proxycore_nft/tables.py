@@ -183,11 +183,12 @@ class LiveTable:
         self.mirror.remembered_handles = {}
         return too_many
 
-    def _accepted(self, stage: Stage) -> None:
+    def _accepted(self, stage: Stage, *, remember: bool = True) -> None:
         stage.commit()
         if stage.new_classes:
             self._near |= classes.neighbours(stage.new_classes) - self.mirror.classes.keys()
-            self._remember_structure()
+            if remember:
+                self._remember_structure()
 
     def _rewrite(self, stage: Stage, elements: Mapping[str, tuple[bytes, ...]]) -> int:
         """All elements anew in one transaction, clients' affinity excepted."""
@@ -223,9 +224,10 @@ class LiveTable:
             stage.roll_back()
             self._dirty = True
             raise
-        if not self.hooked:
+        switched = not self.hooked
+        if switched:
             self._switch()
-        self._accepted(stage)
+        self._accepted(stage, remember=not switched)
         self.mirror.host.update(elements)
         self._dirty = False
         return whole.operations
