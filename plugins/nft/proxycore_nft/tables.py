@@ -44,6 +44,7 @@ class LiveTable:
         self.commits = 0
         """Generations that we have caused."""
         self.last_runs: list[Run | None] = []
+        """Whose elements stood in each message of the transaction that was refused last."""
         self.hooked = False
         """This table carries traffic; otherwise it does after the next batch."""
         self._replaces: str | None = None
@@ -113,6 +114,7 @@ class LiveTable:
         if bodies:
             self.kernel.commit(bodies)
             self.commits += 1
+        self.last_runs = []
 
     def _remember_structure(self) -> None:
         self._chains = self.kernel.chains(self.nft, self.mirror.name)
