@@ -23,6 +23,7 @@ class Field(msgspec.Struct, frozen=True, kw_only=True):
     `default` holds where nothing is written, null is written, or, if `zero_is_default`, the type's zero.
     `flags` are kube-proxy's names of it.  `note` says more about the treatment, in the documentation and, for
     an ignored field, in the warning.  `harmless`: values of an ignored field that change nothing anyway.
+    `default_acts`: kube-proxy would act on the default too, so that even the default, once written, is named.
     """
 
     path: str
@@ -34,6 +35,7 @@ class Field(msgspec.Struct, frozen=True, kw_only=True):
     flags: tuple[str, ...] = ()
     zero_is_default: bool = True
     harmless: tuple[object, ...] = ()
+    default_acts: bool = False
     choices: tuple[str, ...] = ()
     minimum: int | None = None
     maximum: int | None = None

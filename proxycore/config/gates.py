@@ -8,11 +8,11 @@ Gate = tuple[Treatment, bool, str]
 """Treatment, value that holds here, and the reason."""
 
 GATES: dict[str, Gate] = {
-    "AllowServiceExternalIPs": ("obeyed", True, "off: external IPs are not programmed"),
+    "AllowServiceExternalIPs": ("ignored", True, "external IPs are always programmed in this version"),
     "KubeProxyNFTablesLocalhostNodePorts": (
-        "obeyed",
+        "ignored",
         False,
-        "on: the backend nft is asked for node ports on loopback addresses that nodePortAddresses names",
+        "the backend nft has no node ports on loopback addresses in this version",
     ),
     "KubeProxyIPVS": ("ignored", True, "the backend ipvs is maintained here"),
     "NFTablesNetlink": ("ignored", True, "nftables is always spoken to over netlink"),

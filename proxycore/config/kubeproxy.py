@@ -15,6 +15,8 @@ SECTION_FLAGS = ("iptables-sync-period", "iptables-min-sync-period", "masquerade
 _MIN_SYNC = "a positive value is honoured; kube-proxy's default of 1s is not applied: changes need not wait"
 _SYNC = "limits the back-off after a failure and says how long work may wait before the proxy is unwell"
 _WINDOWS = "it is for Windows"
+_NO_PORTS = "no health and metrics ports are served"
+_NO_SYSCTLS = "connection tracking is left as the host has it"
 _JSON_ONLY = "the API is spoken in JSON"
 
 
@@ -24,6 +26,11 @@ def _field(path: str, type_: Type, default: object, note: str = "", **more: obje
 
 def _ignored(path: str, type_: Type, default: object, note: str, **more: object) -> Field:
     return _field(path, type_, default, note, treatment="ignored", **more)
+
+
+def _missing(path: str, type_: Type, default: object, note: str, **more: object) -> Field:
+    """What this version lacks, though it will have it: saying nothing of it would mislead."""
+    return _ignored(path, type_, default, f"{note} in this version", default_acts=True, **more)
 
 
 _GENERAL = (
@@ -83,25 +90,25 @@ _GENERAL = (
         "names the node's primary address, binds nothing",
         flags=("bind-address",),
     ),
-    _field(
+    _missing(
         "healthzBindAddress",
         "text",
         "",
-        "`0.0.0.0:10256`, or `[::]:10256` if bindAddress is IPv6; an empty flag switches it off",
+        _NO_PORTS,
         flags=("healthz-bind-address",),
     ),
-    _field(
+    _missing(
         "metricsBindAddress",
         "text",
         "",
-        "`127.0.0.1:10249`, or `[::1]:10249` if bindAddress is IPv6; an empty flag switches it off",
+        _NO_PORTS,
         flags=("metrics-bind-address",),
     ),
-    _field(
+    _missing(
         "bindAddressHardFail",
         "bool",
         False,
-        "a port that cannot be opened ends the process",
+        _NO_PORTS,
         flags=("bind-address-hard-fail",),
     ),
     _ignored("enableProfiling", "bool", False, "there are no Go profiles to serve", flags=("profiling",)),
@@ -235,63 +242,65 @@ _TRAFFIC = (
         "CIDRs, `primary`, `localhost`, `all`; empty: `primary` for nftables, else `all`",
         flags=("nodeport-addresses",),
     ),
-    _field(
+    _missing(
         "oomScoreAdj",
         "int",
         -999,
+        "the score stays as it is",
         flags=("oom-score-adj",),
         zero_is_default=False,
         minimum=-1000,
         maximum=1000,
     ),
-    _field(
+    _missing(
         "conntrack.maxPerCore",
         "int",
         32768,
-        "0: the limit stays",
+        _NO_SYSCTLS,
         flags=("conntrack-max-per-core",),
         zero_is_default=False,
         minimum=0,
         maximum=INT32,
     ),
-    _field(
+    _missing(
         "conntrack.min",
         "int",
         131072,
+        _NO_SYSCTLS,
         flags=("conntrack-min",),
         zero_is_default=False,
         minimum=0,
         maximum=INT32,
     ),
-    _field(
+    _missing(
         "conntrack.tcpEstablishedTimeout",
         "duration",
         24 * 3600 * SECOND,
-        "0s: the system's value stays",
+        _NO_SYSCTLS,
         flags=("conntrack-tcp-timeout-established",),
         zero_is_default=False,
     ),
-    _field(
+    _missing(
         "conntrack.tcpCloseWaitTimeout",
         "duration",
         3600 * SECOND,
-        "0s: the system's value stays",
+        _NO_SYSCTLS,
         flags=("conntrack-tcp-timeout-close-wait",),
         zero_is_default=False,
     ),
-    _field("conntrack.tcpBeLiberal", "bool", False, flags=("conntrack-tcp-be-liberal",)),
-    _field(
+    _missing("conntrack.tcpBeLiberal", "bool", False, _NO_SYSCTLS, flags=("conntrack-tcp-be-liberal",)),
+    _missing(
         "conntrack.udpTimeout",
         "duration",
         0,
-        "0s: the system's value stays",
+        _NO_SYSCTLS,
         flags=("conntrack-udp-timeout",),
     ),
-    _field(
+    _missing(
         "conntrack.udpStreamTimeout",
         "duration",
         0,
-        "0s: the system's value stays",
+        _NO_SYSCTLS,
         flags=("conntrack-udp-timeout-stream",),
     ),
     _ignored(

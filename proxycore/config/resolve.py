@@ -60,7 +60,7 @@ class Resolver:
         node_port_addresses = self._node_port_addresses(backend)
         cluster_cidr = self._cluster_cidr()
         gates = values["featureGates"]
-        localhost = self._localhost_node_ports(backend, mode, node_port_addresses)
+        localhost = self._localhost_node_ports(mode, node_port_addresses)
         fields: dict[str, Any] = {
             "backend": backend,
             "mode": mode,
@@ -167,7 +167,7 @@ class Resolver:
         if MODES[mode] == backend:
             if mode == "ipvs":
                 options = ipvs
-            elif mode == "iptables" or localhost:
+            elif mode == "iptables":
                 options = {"localhostNodePorts": localhost}
         return {**options, **self._options("backendOptions").get(backend, {})}
 
@@ -264,19 +264,14 @@ class Resolver:
         self.values[path] = tuple(found)
         return tuple(found)
 
-    def _localhost_node_ports(self, backend: str, mode: str, addresses: tuple[str, ...]) -> bool:
-        if mode == "iptables":
-            # For IPv4 only, and only where the list reaches loopback: one without IPv4 stands for all of IPv4.
-            ipv4 = [entry for entry in addresses if ":" not in entry]
-            reached = not ipv4 or any(
-                entry in ("all", "localhost", "0.0.0.0/0") or entry.startswith("127.") for entry in ipv4
-            )
-            return bool(self.values["iptables.localhostNodePorts"]) and reached
-        named = any(
-            entry == "localhost" or entry.startswith("127.") or entry == "::1/128" for entry in addresses
-        )
-        gate: bool = self.values["featureGates"].get("KubeProxyNFTablesLocalhostNodePorts", False)
-        return mode == "nftables" and backend == MODES[mode] and gate and named
+    def _localhost_node_ports(self, mode: str, addresses: tuple[str, ...]) -> bool:
+        """In iptables mode, for IPv4 only, and where the list reaches loopback: without IPv4 it stands for all of it."""
+        if mode != "iptables":
+            return False
+        ipv4 = [entry for entry in addresses if ":" not in entry]
+        words = ("all", "localhost", "0.0.0.0/0")
+        reached = not ipv4 or any(entry in words or entry.startswith("127.") for entry in ipv4)
+        return bool(self.values["iptables.localhostNodePorts"]) and reached
 
     def _interfaces(self) -> dict[str, str]:
         mode: str = self.values["detectLocalMode"]
@@ -352,7 +347,8 @@ class Resolver:
 
     def _warn_about_ignored(self) -> None:
         for field in FIELDS:
-            if field.treatment == "ignored" and self._written(field.path) and not self._is_harmless(field):
+            named = self._written(field.path) or (field.default_acts and field.path in self._settings)
+            if field.treatment == "ignored" and named and not self._is_harmless(field):
                 self._no_effect([field.path], field.note)
 
     def _is_harmless(self, field: Field) -> bool:

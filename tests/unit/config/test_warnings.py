@@ -35,8 +35,8 @@ Changed = Callable[[Config], dict[str, object]]
             ],
         ),
         (
-            "oomScoreAdj: 1\noomScoreAdj: 2",
-            ["c.yaml:4: key 'oomScoreAdj' stands twice in one mapping; the last one counts"],
+            "hostnameOverride: a\nhostnameOverride: b",
+            ["c.yaml:4: key 'hostnameOverride' stands twice in one mapping; the last one counts"],
         ),
         (
             "enableProfiling: true",
@@ -57,6 +57,10 @@ Changed = Callable[[Config], dict[str, object]]
                 "c.yaml:3: featureGates.New: true has no effect: it is unknown here",
                 "c.yaml:3: featureGates.ServiceTrafficDistribution: false has no effect: settled",
             ],
+        ),
+        (
+            "oomScoreAdj: -999\nconntrack: {udpTimeout: 0s}",
+            ["c.yaml:3: oomScoreAdj: has no effect: the score stays as it is in this version"],
         ),
         (
             "clusterCIDR: 10.0.0.0/8\ndetectLocalMode: BridgeInterface\n"
@@ -120,5 +124,6 @@ def test_every_field_changes_something_or_is_named_in_a_warning(
     text = yaml.safe_dump(value)
     loaded = read(text if field.document == "KubeProxyConfiguration" else f"---\n{text}")
     named = any(field.path in warning for warning in loaded.warnings)
-    assert bool(changed(loaded.config)) != named
-    assert (field.treatment == "ignored") <= named
+    # No gate does anything yet, whatever it says.
+    ignored = field.treatment == "ignored" or field.path == "featureGates"
+    assert named == (ignored or not changed(loaded.config))
