@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 
 import msgspec
@@ -26,6 +27,9 @@ MAX_REASONS = 5
 """Mistakes that one line's Trouble spells out."""
 MAX_LOCATED_BYTES = 4 << 20
 """Larger files with a mistake are not read a second time for the line of the very field."""
+
+LARGE_JSON_BYTES = 1 << 20
+_BYTE = re.compile(r"\(byte (\d+)\)")
 
 
 class Found(msgspec.Struct, frozen=True, gc=False):
@@ -65,8 +69,10 @@ def parse(data: bytes) -> Manifest:
     if data[:1] == b"{" or data.lstrip()[:1] == b"{":
         try:
             return _parse_json(data)
-        except DecodeError:
-            pass  # flow-style YAML, or several JSON texts
+        except DecodeError as error:
+            # Flow-style YAML and several JSON texts begin so too, but what is large is cut or damaged JSON.
+            if len(data) >= LARGE_JSON_BYTES and "trailing characters" not in error.reason:
+                return broken(error.reason, _line_of_byte(data, error.reason))
     try:
         text = data.decode("utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8")
     except UnicodeDecodeError as error:
@@ -127,6 +133,11 @@ def _line_of_field(text: str, number: int, path: tuple[str | int, ...]) -> int:
     while path and path not in lines:
         path = path[:-1]
     return lines[path] if path else 0
+
+
+def _line_of_byte(data: bytes, reason: str) -> int:
+    match = _BYTE.search(reason)
+    return data.count(b"\n", 0, int(match[1]) if match else len(data)) + 1
 
 
 def _line_in(subject: str) -> int:

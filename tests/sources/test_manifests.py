@@ -142,6 +142,22 @@ def test_several_json_texts_in_one_file():
     assert named(parse((one % "a" + one % "b").encode())) == {"a": 1, "b": 2}
 
 
+def test_large_damaged_json_is_named_with_its_line_and_not_taken_for_yaml():
+    item = {
+        "apiVersion": "v1",
+        "kind": "Service",
+        "metadata": {"name": "a", "annotations": {"x": "y" * 100_000}},
+    }
+    text = json.dumps({"apiVersion": "v1", "kind": "List", "items": [item] * 20}, indent=1)
+    (cut,) = parse(text[:-30].encode()).problems
+    assert cut.reason == "is not JSON: input data was truncated"
+    assert cut.line == text[:-30].count("\n") + 1
+    place = text.rindex('"kind"')
+    (damaged,) = parse((text[:place] + "?" + text[place:]).encode()).problems
+    assert damaged.reason.startswith("is not JSON: ")
+    assert damaged.line == text[:place].count("\n") + 1
+
+
 def test_flow_style_yaml_that_begins_like_json():
     assert named(parse(b"{apiVersion: v1, kind: Service, metadata: {name: a}}")) == {"a": 1}
 
