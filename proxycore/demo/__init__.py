@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+from collections.abc import Sequence
 from types import FrameType
 
 from ..errors import ProxyError
@@ -13,10 +14,17 @@ MINIMUM_SECONDS = 10.0
 DEFAULT_SECONDS = 25.0
 
 
-def demo(*, backend: str = "nft", seconds: float = DEFAULT_SECONDS, plain: bool | None = None) -> int:
+def demo(
+    *,
+    backend: str = "nft",
+    seconds: float = DEFAULT_SECONDS,
+    plain: bool | None = None,
+    command: Sequence[str] | None = None,
+) -> int:
     """Run the demo and print what happens; returns the process's exit status, 0 if everything was as it should be.
 
-    `plain`: lines instead of a live picture; None: where standard output is no terminal.
+    `plain`: lines instead of a live picture; None: where standard output is no terminal.  `command` stands in for
+    `proxyctl`, for a proxy of another make that takes the same arguments.
     Call it before any thread is started: without root it moves this process into a user namespace.
     """
     from ..testing.netns import become_root
@@ -32,6 +40,7 @@ def demo(*, backend: str = "nft", seconds: float = DEFAULT_SECONDS, plain: bool 
     from rich.console import Console
 
     from .play import play
+    from .proxy import PROXYCTL
     from .view import LiveView, PlainView
 
     console = Console(highlight=False)
@@ -39,7 +48,9 @@ def demo(*, backend: str = "nft", seconds: float = DEFAULT_SECONDS, plain: bool 
     # As with Ctrl-C: leave through every `with`.
     previous = signal.signal(signal.SIGTERM, _interrupt)
     try:
-        verdict = play(backend=backend, seconds=max(seconds, MINIMUM_SECONDS), view=view)
+        verdict = play(
+            backend=backend, seconds=max(seconds, MINIMUM_SECONDS), view=view, command=command or PROXYCTL
+        )
     except (ProxyError, OSError) as error:
         view.close()
         print(f"proxyctl demo: {error}", file=sys.stderr)

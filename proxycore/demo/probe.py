@@ -176,7 +176,8 @@ class Dialler:
             else self.probe.masquerade == "yes"
         )
         if masqueraded != due:
-            return f"{answer.who} saw {answer.seen}, the client is {answer.own}: masquerade should be {due}"
+            wish = "yes" if due else "no"
+            return f"{answer.who} saw {answer.seen}, the client is {answer.own}: masquerade should be {wish}"
         if self.probe.sticky:
             self._pinned = self._pinned or answer.who
             if answer.who != self._pinned:

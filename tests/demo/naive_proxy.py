@@ -73,7 +73,7 @@ def rules(folder: Path, family: int) -> str:
                     first.append(f"{there} ip saddr != {{ {ranges} }} drop")
                 nat.append(f"{there} ip saddr {PODS[4]} dnat {ip} addr . port to {choose(endpoints)}")
                 nat.append(
-                    f"{there} dnat {ip} addr . port to {choose(endpoints if FAULT == 'local' else local)}"
+                    f"{there} dnat {ip} addr . port to {choose([e for e in endpoints if (e in local) != (FAULT == 'local')])}"
                 )
     new = "\n    ".join(first), "\n    ".join(nat), "\n    ".join(refuse)
     return f"""
@@ -109,12 +109,15 @@ def hairpins(known: dict[tuple[str, str], list[tuple[str, int, str]]]) -> str:
 def main() -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1 if FAULT == "stop" else 0))
     folder = Path(sys.argv[sys.argv.index("--source") + 1].removeprefix("file:"))
-    done = ""
+    done: object = None
     while True:
-        text = rules(folder, 4) + rules(folder, 6)
-        if text != done:
+        seen = [(f.name, f.stat().st_ino) for f in sorted(folder.glob("*.yaml"))]
+        if FAULT == "crash" and done and seen != done:
+            sys.exit(3)
+        if seen != done and not (FAULT == "slow" and done):
+            text = rules(folder, 4) + rules(folder, 6)
             subprocess.run(["nft", "-f", "-"], input=text, text=True, check=True)
-            done = text
+            done = seen
         time.sleep(0.05)
 
 
