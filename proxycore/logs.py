@@ -113,14 +113,14 @@ class TextFormatter(logging.Formatter):
     """`time=… level=info msg=synced logger=engine changes=3`; values quoted as JSON strings where needed."""
 
     def format(self, record: logging.LogRecord) -> str:
-        return " ".join(f"{_key(key)}={quote(_scalar(value))}" for key, value in _entries(record).items())
+        return " ".join(f"{_key(key)}={_text(value)}" for key, value in _entries(record).items())
 
 
 class JSONFormatter(logging.Formatter):
     """One JSON object a line; numbers and booleans stay what they are."""
 
     def format(self, record: logging.LogRecord) -> str:
-        return json.dumps({_key(key): _scalar(value) for key, value in _entries(record).items()})
+        return json.dumps({_key(key): _json(value) for key, value in _entries(record).items()})
 
 
 def quote(value: str | int | float | bool | None) -> str:
@@ -149,6 +149,23 @@ def _entries(record: logging.LogRecord) -> dict[str, object]:
 
 def _key(key: str) -> str:
     return key if _PLAIN.fullmatch(key) else json.dumps(key)
+
+
+def _text(value: object) -> str:
+    """Items of a list are quoted one by one, so that a comma in one of them does not make two."""
+    if isinstance(value, list | tuple) and type(value).__str__ is object.__str__:
+        return "[" + ",".join(_item(_scalar(item)) for item in value) + "]"
+    return quote(_scalar(value))
+
+
+def _item(value: str | int | float | bool | None) -> str:
+    return json.dumps(value) if isinstance(value, str) and "," in value else quote(value)
+
+
+def _json(value: object) -> object:
+    if isinstance(value, list | tuple) and type(value).__str__ is object.__str__:
+        return [_scalar(item) for item in value]
+    return _scalar(value)
 
 
 def _scalar(value: object) -> str | int | float | bool | None:

@@ -5,6 +5,7 @@ The table of codes in `proxyctl --help` and docs/cli.md is `TABLE`.
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import sys
@@ -67,7 +68,7 @@ def report(error: Exception) -> Exit:
 
         traceback.print_exception(error)
     if isinstance(error, ProxyError) and not isinstance(error, InternalError):
-        say(f"error: {error}")
+        say(f"error: {error}{_hint(error)}")
     elif isinstance(error, OSError) and error.strerror:
         say(f"error: {': '.join(str(part) for part in (error.filename, error.strerror) if part)}")
     else:
@@ -75,6 +76,13 @@ def report(error: Exception) -> Exit:
 
         say(f"internal error, please report it ({TRACEBACK}=1 shows more): {cause_of(error)}")
     return exit_code(error)
+
+
+def _hint(error: Exception) -> str:
+    """What helps against a kernel that says no to us."""
+    if getattr(error, "errno", 0) in (errno.EPERM, errno.EACCES) and os.geteuid() != 0:
+        return "; run it as root, or with the rights that `proxyctl backends -o wide` lists under NEEDS"
+    return ""
 
 
 def hang_up() -> Exit:

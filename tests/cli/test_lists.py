@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from pathlib import Path
 
 import pytest
 import yaml
+
+from proxycore.errors import KernelError
 
 from .conftest import BACKEND, TOML, Installed, Run, add_distribution
 
@@ -192,6 +195,21 @@ def test_escape_sequences_never_reach_the_terminal(proxyctl: Run) -> None:
     assert "x" in err
     assert "\x1b" not in err
     assert len([line for line in err.splitlines() if "error: " in line]) == 1
+
+
+@pytest.mark.parametrize(("user", "hinted"), [(0, False), (1000, True)])
+def test_a_kernel_that_says_no_is_told_with_a_way_out(
+    user: int, hinted: bool, proxyctl: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise KernelError("netlink dump refused", errno=errno.EPERM)
+
+    monkeypatch.setattr("proxycore.cli.lists.show_backends", refuse)
+    monkeypatch.setattr("os.geteuid", lambda: user)
+    code, _, err = proxyctl("backends")
+    assert code == 1
+    assert err.startswith("proxyctl: error: netlink dump refused")
+    assert ("run it as root" in err) is hinted
 
 
 def test_a_bug_is_told_in_one_line(proxyctl: Run, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -97,6 +97,21 @@ def test_every_value_is_read_back_as_it_was(values: dict[str, str], message: str
     assert len(fields) == 4 + len(values)
 
 
+def test_a_list_keeps_its_items_apart() -> None:
+    stream, log = written("text")
+    log.info(
+        "x",
+        families=["IPv4", "IPv6"],
+        what=("a,b", 'c" d="'),
+        name=ServicePortName("s", "w", "", "TCP", "IPv4"),
+    )
+    assert stream.getvalue().endswith(' families=[IPv4,IPv6] what=["a,b","c\\" d=\\""] name=s/w\n')
+    stream, log = written("json")
+    log.info("x", families=["IPv4", "IPv6"], name=ServicePortName("s", "w", "", "TCP", "IPv4"))
+    entry = json.loads(stream.getvalue())
+    assert (entry["families"], entry["name"]) == (["IPv4", "IPv6"], "s/w")
+
+
 def test_a_percent_sign_in_a_message_is_no_conversion() -> None:
     stream, log = written("text")
     log.info("100 %s")
