@@ -26,6 +26,14 @@ def lines_until(stream: IO[str], word: str) -> list[str]:
     raise AssertionError(f"{word!r} was never said:\n{''.join(lines)}")
 
 
+def test_record_ends_by_itself_after_a_time(installed: Installed, proxyctl: Run) -> None:
+    file = installed.kernel.with_name("today.rec")
+    code, out, err = proxyctl("record", "--source", f"file:{installed.manifests}", "--for", "0.01", file)
+    assert (code, out) == (0, "")
+    assert err.endswith(f"events recorded to {file}\n")
+    assert file.read_text().startswith('{"proxycoreRecording":1')
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_run_programs_and_leaves_it_when_a_signal_ends_it(
     installed: Installed, number: signal.Signals
@@ -81,9 +89,17 @@ def test_handlers_come_back() -> None:
 
 def test_a_recording_renders_as_its_source_does(installed: Installed, proxyctl: Run) -> None:
     file = installed.kernel.with_name("today.rec")
-    code, out, err = proxyctl("record", "--source", f"file:{installed.manifests}", "--for", "0.5", file)
-    assert (code, out) == (0, "")
-    assert "events recorded" in err
+    with installed.popen("record", "--source", f"file:{installed.manifests}", "-") as process:
+        assert process.stdout is not None
+        try:
+            lines = lines_until(process.stdout, '"synced"')
+            process.send_signal(signal.SIGINT)
+            rest, err = process.communicate(timeout=SECONDS)
+        finally:
+            process.kill()
+    assert process.returncode == 0
+    assert "events recorded to standard output" in err
+    file.write_text("".join(lines) + rest)
     rendered = proxyctl("render", "--backend", "mem", "--source", f"recording:{file}")
     assert rendered.code == 0
     assert rendered.out == proxyctl("render", "--backend", "mem", installed.manifests).out
