@@ -30,6 +30,7 @@ in connect() when the first one comes back."""
 
 SIDE_BY_SIDE = 16
 STICKY_TRIES = 10
+SLOW_TRIES = 5
 REQUEST = b"who are you?\n"
 MAX_BODY = 1 << 20
 
@@ -209,7 +210,10 @@ def tries_for(flow: Flow) -> tuple[int, int]:
         return 2, 2
     count = len(expect.endpoints)
     if expect.sticky:
-        return STICKY_TRIES, STICKY_TRIES
+        tries = SLOW_TRIES if flow.pause else STICKY_TRIES
+        return tries, tries
+    if flow.pause:
+        return count, 30 * count
     return (6 if count == 1 else 4 * count), (6 if count == 1 else 30 * count)
 
 
