@@ -13,7 +13,7 @@ from typing import Literal
 from .lab import Lab, family
 
 REFUSED, DROPPED = "refused", "dropped"
-GRACE_SECONDS = 2.0
+GRACE_SECONDS = 3.0
 """For so long after a change both the answers of before and of after are right."""
 ANSWER_SECONDS = 3.0
 """An answer that is due may take so long: a lost SYN is sent again after one second."""

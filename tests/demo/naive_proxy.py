@@ -1,6 +1,6 @@
 """A stand-in for `proxyctl run` that fits one page: nft text for the example manifests, rewritten whole at every change.
 
-It lets the demo's lab be tested without the engine, and with a fault: `FAULT=...` in the environment breaks one thing.
+It lets the demo's lab be tested without the engine, and with a fault: `FAULTS=...` in the environment breaks what it names.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pathlib import Path
 
 import yaml
 
-FAULT = os.environ.get("FAULT", "")
+FAULTS = set(os.environ.get("FAULTS", "").split(","))
 PODS = {4: "10.244.0.0/16", 6: "fd00:10:244::/48"}
 
 
@@ -51,15 +51,17 @@ def rules(folder: Path, family: int) -> str:
                 for a, p, n in known.get((service["metadata"]["name"], port["name"]), [])
                 if n == "node-1"
             ]
-            if FAULT == "stale" and service["metadata"]["name"] == "web" and len(endpoints) == 3:
+            if "stale" in FAULTS and service["metadata"]["name"] == "web" and len(endpoints) == 3:
                 endpoints = [*endpoints, ("10.244.1.12", 8080)]
-            choose = sticky if spec["sessionAffinity"] == "ClientIP" and FAULT != "affinity" else numbered
+            choose = (
+                sticky if spec["sessionAffinity"] == "ClientIP" and "affinity" not in FAULTS else numbered
+            )
             for vip in vips:
                 there = f"{ip} daddr {vip} {protocol} dport {port['port']}"
                 if not endpoints:
-                    refuse.append(f"{there} {'drop' if FAULT == 'refuse' else 'reject'}")
+                    refuse.append(f"{there} {'drop' if 'refuse' in FAULTS else 'reject'}")
                     continue
-                if FAULT != "masquerade":
+                if "masquerade" not in FAULTS:
                     nat.append(f"{there} {ip} saddr != {PODS[family]} meta mark set 0x4000")
                 nat.append(f"{there} dnat {ip} addr . port to {choose(endpoints)}")
             if family == 4 and spec["type"] == "NodePort":
@@ -69,12 +71,11 @@ def rules(folder: Path, family: int) -> str:
             for entry in balancer.get("ingress", []) if family == 4 else []:
                 there = f"ip daddr {entry['ip']} {protocol} dport {port['port']}"
                 ranges = ", ".join(spec["loadBalancerSourceRanges"])
-                if FAULT != "ranges":
+                if "ranges" not in FAULTS:
                     first.append(f"{there} ip saddr != {{ {ranges} }} drop")
                 nat.append(f"{there} ip saddr {PODS[4]} dnat {ip} addr . port to {choose(endpoints)}")
-                nat.append(
-                    f"{there} dnat {ip} addr . port to {choose([e for e in endpoints if (e in local) != (FAULT == 'local')])}"
-                )
+                here = [e for e in endpoints if (e in local) is not ("local" in FAULTS)]
+                nat.append(f"{there} dnat {ip} addr . port to {choose(here)}")
     new = "\n    ".join(first), "\n    ".join(nat), "\n    ".join(refuse)
     return f"""
 table {ip} naive {{}}
@@ -107,14 +108,14 @@ def hairpins(known: dict[tuple[str, str], list[tuple[str, int, str]]]) -> str:
 
 
 def main() -> None:
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1 if FAULT == "stop" else 0))
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1 if "stop" in FAULTS else 0))
     folder = Path(sys.argv[sys.argv.index("--source") + 1].removeprefix("file:"))
     done: object = None
     while True:
         seen = [(f.name, f.stat().st_ino) for f in sorted(folder.glob("*.yaml"))]
-        if FAULT == "crash" and done and seen != done:
+        if "crash" in FAULTS and done and seen != done:
             sys.exit(3)
-        if seen != done and not (FAULT == "slow" and done):
+        if seen != done and not ("slow" in FAULTS and done):
             text = rules(folder, 4) + rules(folder, 6)
             subprocess.run(["nft", "-f", "-"], input=text, text=True, check=True)
             done = seen
