@@ -9,7 +9,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterable, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 from .. import logs
 from ..backend import ApplyResult
@@ -30,14 +30,6 @@ The next batch may be in the kernel before this observer hears of it: the server
 _RETRY_SECONDS = (1.0, 60.0)
 
 
-class Look(NamedTuple):
-    """What one reconciliation found: flows read, entries deleted, and flows to be looked at again."""
-
-    flows: int
-    deleted: int
-    uncertain: tuple[Flow, ...]
-
-
 class ConntrackObserver:
     """Hooks only keep the index; a worker thread of its own reads and deletes, one look at a time."""
 
@@ -50,6 +42,8 @@ class ConntrackObserver:
         self._index = FlowIndex()
         self._revision = 0
         self._wanted = self._stopping = False
+        self._outstanding = False
+        self._suspects: dict[Flow, float] = {}
         self._period = PERIOD_SECONDS
         self._worker: threading.Thread | None = None
 
@@ -81,31 +75,34 @@ class ConntrackObserver:
         if self._worker is not None:
             self._worker.join(10)
 
+    def wait_done(self, timeout_seconds: float) -> bool:
+        """Wait until every look that a batch has asked for is over and has succeeded; False: still not."""
+        with self._changed:
+            return self._changed.wait_for(lambda: not (self._wanted or self._outstanding), timeout_seconds)
+
     # -- the worker ------------------------------------------------------------------------------------------------
 
     def _work(self) -> None:
         periodic = _in(self._period)
         retry = again = float("inf")
         pause = _RETRY_SECONDS[0]
-        uncertain: tuple[Flow, ...] = ()
         while self._wait(min(periodic, retry, again)):
-            now = time.monotonic()
+            self._take_wanted()
             try:
-                if uncertain and now >= again:
-                    self._delete_still_stale(uncertain)
-                    uncertain, again = (), float("inf")
-                if self._take_wanted() or now >= min(periodic, retry):
-                    uncertain = self._look().uncertain
-                    again = _in(GRACE_SECONDS) if uncertain else float("inf")
-                    periodic = _in(self._period)
+                self._look()
                 retry, pause = float("inf"), _RETRY_SECONDS[0]
             except Exception as error:  # noqa: BLE001  the thread must live on, and says what happened
                 self.failures_total += 1
+                self._suspects = {}
                 if not isinstance(error, KernelError):
                     self._log.exception("looking for stale UDP flows failed by a bug", error)
                 self._log.warning("stale UDP flows not cleaned, trying again", error=error, seconds=pause)
-                uncertain, again = (), float("inf")
                 retry, pause = _in(pause), min(2 * pause, _RETRY_SECONDS[1])
+            periodic = _in(self._period)
+            again = min(self._suspects.values(), default=float("inf"))
+            with self._changed:
+                self._outstanding = min(retry, again) != float("inf")
+                self._changed.notify_all()
 
     def _wait(self, until: float) -> bool:
         """Wait for work or a point in time; False: stop."""
@@ -117,48 +114,50 @@ class ConntrackObserver:
                 self._changed.wait(None if left == float("inf") else left)
             return not self._stopping
 
-    def _take_wanted(self) -> bool:
+    def _take_wanted(self) -> None:
         with self._changed:
-            wanted, self._wanted = self._wanted, False
-            return wanted
+            self._outstanding = self._outstanding or self._wanted
+            self._wanted = False
 
-    def _look(self) -> Look:
+    def _look(self) -> None:
         """Read all UDP flows and delete the stale ones.  Raises KernelError: some may be left."""
         began = time.monotonic()
         with self._changed:
             revision, families = self._revision, self._index.families()
         if not families:
-            return Look(0, 0, ())
+            self._suspects = {}
+            return
         with Conntrack() as table:
             flows = [flow for family in families for flow in table.udp_flows(family)]
             with self._changed:
-                found = list(stale(flows, self._index))
-                certain = [flow for flow in found if is_certain(flow, self._index)]
-            deleted = table.delete(certain)
+                found = [(flow, is_certain(flow, self._index)) for flow in stale(flows, self._index)]
+            deleted = table.delete(self._ripe(found))
         with self._changed:
             # What has become stale since the flows were read was not among them.
             if self._revision == revision:
                 self._index.settle()
-        uncertain = tuple(set(found).difference(certain))
-        look = Look(len(flows), deleted, uncertain)
         self.looks_total += 1
-        self._count(deleted, len(flows), time.monotonic() - began)
-        return look
-
-    def _delete_still_stale(self, flows: Iterable[Flow]) -> None:
-        began = time.monotonic()
-        with self._changed:
-            found = list(stale(flows, self._index))
-        if found:
-            with Conntrack() as table:
-                self._count(table.delete(found), len(found), time.monotonic() - began)
-
-    def _count(self, deleted: int, flows: int, seconds: float) -> None:
         self.deleted_total += deleted
         if deleted:
+            milliseconds = round((time.monotonic() - began) * 1000)
             self._log.info(
-                "stale UDP flows deleted", deleted=deleted, flows=flows, milliseconds=round(seconds * 1000)
+                "stale UDP flows deleted", deleted=deleted, flows=len(flows), milliseconds=milliseconds
             )
+
+    def _ripe(self, found: Iterable[tuple[Flow, bool]]) -> list[Flow]:
+        """Those to be deleted now; the others are remembered as suspects, with the time when they will be due."""
+        now = time.monotonic()
+        ripe: list[Flow] = []
+        suspects: dict[Flow, float] = {}
+        for flow, certain in found:
+            identity = flow._replace(status=0)
+            due = now if certain else self._suspects.get(identity, now + GRACE_SECONDS)
+            if due <= now:
+                ripe.append(flow)
+            else:
+                suspects[identity] = due
+        self._suspects = suspects
+        return ripe
 
 
 def _in(seconds: float) -> float:
