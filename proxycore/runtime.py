@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import gc
-import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from types import FrameType
+from collections.abc import Callable, Sequence
 
 from .backend import BackendContext
 from .cell import BackendCell
 from .changes import ChangeBatch
 from .cli.options import RunOptions
+from .cli.signals import stopping
 from .dispatch import BackendReply, BackendRunner, ObserverRunner
 from .engine import Engine, EngineSettings
 from .errors import KernelError, SourceError
@@ -121,7 +119,7 @@ def run_proxy(options: RunOptions) -> int:
         threading.Thread(target=watch.run, args=(addresses_changed,), name="addresses", daemon=True),
         threading.Thread(target=_run_source, args=(source, engine, log), name="source", daemon=True),
     ]
-    with _signals(engine.stop):
+    with stopping(engine.stop):
         for thread in threads:
             thread.start()
         # Objects of the start live as long as the process; the collector need not look at them again and again.
@@ -150,23 +148,3 @@ def _run_source(source: Source, engine: Engine, log: Log) -> None:
         log.error("source ended; what it delivered stays in force", error=error)
     except Exception as error:  # a source's bug must not end the proxy
         log.exception("source failed; what it delivered stays in force", error)
-
-
-@contextmanager
-def _signals(stop: Callable[[], None]) -> Iterator[None]:
-    """SIGTERM and SIGINT end the engine; a second one ends the process at once."""
-    seen = 0
-
-    def handle(number: int, _frame: FrameType | None) -> None:
-        nonlocal seen
-        seen += 1
-        if seen > 1:
-            raise SystemExit(128 + number)
-        stop()
-
-    former = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield
-    finally:
-        for number, handler in former.items():
-            signal.signal(number, handler)

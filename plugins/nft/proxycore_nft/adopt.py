@@ -60,8 +60,8 @@ def recall(kernel: Kernel, nft: str, name: str, into: Table) -> int:
             for item in kernel.elements(nft, name, where):
                 if item.data is not None:
                     handle = _number(item.key)
-                    index = layout.number(handle & layout.STICKY_MASK)
-                    into.remembered_handles.setdefault(index + item.data, handle)
+                    known = into.remembered_handles.setdefault(handle & layout.STICKY_MASK, {})
+                    known.setdefault(item.data, handle)
     except (KernelError, struct.error):
         into.remembered = {}
         into.remembered_handles = {}
@@ -75,6 +75,24 @@ def recall_classes(kernel: Kernel, nft: str, name: str, into: Table) -> None:
         parsed = classes.parse_chain(item.chain or "")
         if parsed is not None:
             into.classes[parsed] = _number(item.key) >> layout.CLASS_SHIFT
+
+
+def recall_slots(kernel: Kernel, nft: str, name: str, into: Table) -> None:
+    """Read which endpoint stands in which slot, so that a plan names only what would change."""
+    found: dict[tuple[int, bool], dict[int, bytes]] = {}
+    by_handle = {
+        handle: target for known in into.remembered_handles.values() for target, handle in known.items()
+    }
+    for where in ("endpoints", "slots"):
+        for item in kernel.elements(nft, name, where):
+            index, slot = struct.unpack("=II", item.key)
+            target = item.data if where == "endpoints" else by_handle.get(_number(item.data))
+            if target is not None:
+                local = slot >= layout.LOCAL_SLOT
+                found.setdefault((index, local), {})[slot] = target
+    into.remembered_slots = {
+        place: tuple(target for _, target in sorted(slots.items())) for place, slots in found.items()
+    }
 
 
 def affinity(kernel: Kernel, nft: str, name: str) -> list[Element]:

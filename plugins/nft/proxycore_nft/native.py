@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import ipaddress
 import socket
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from proxycore.kernel.netlink import parse_attributes, text_of
 
@@ -83,8 +84,6 @@ def element_text(family: str, name: str, item: Element) -> str:
     shown = _join(item.key, keys)
     if item.key_end is not None:
         shown = f"{shown}-{_join(item.key_end, keys).rsplit(' . ', 1)[1]}"
-    if item.flags & encode.ELEM_INTERVAL_END:
-        shown = f"<{shown}"
     if item.comment:
         shown += f' comment "{item.comment}"'
     if item.chain is not None:
@@ -115,3 +114,25 @@ def rule_message_text(body: encode.Body) -> str:
 def key_text(family: str, name: str, key: bytes) -> str:
     """A key alone: `10.0.0.1 . tcp . 80`."""
     return _join(key, _FIELDS[family][name][0])
+
+
+def interval_texts(family: str, name: str, elements: Iterable[Element]) -> list[str]:
+    """A one-field interval set's marks as CIDRs or `first-last`, as `nft list` shows them."""
+    starts: list[bytes] = []
+    ends: list[bytes] = []
+    for item in elements:
+        (ends if item.flags & encode.ELEM_INTERVAL_END else starts).append(item.key)
+    ends.sort()
+    shown: list[str] = []
+    for start in sorted(starts):
+        end = next((end for end in ends if end > start), None)
+        size = len(start)
+        last = int.from_bytes(end, "big") - 1 if end is not None else (1 << 8 * size) - 1
+        shown.append(_interval(start, last.to_bytes(size, "big")))
+    return shown
+
+
+def _interval(first: bytes, last: bytes) -> str:
+    start, stop = ipaddress.ip_address(first), ipaddress.ip_address(last)
+    cidrs = list(ipaddress.summarize_address_range(start, stop))
+    return str(cidrs[0]) if len(cidrs) == 1 else f"{start}-{stop}"

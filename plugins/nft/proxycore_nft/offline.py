@@ -20,7 +20,7 @@ from . import adopt, classes, layout, native, rows, skeleton
 from .entry import TooMany
 from .host import host_elements
 from .kernel import Element, Kernel
-from .program import HOST_SETS, Stage, Table
+from .program import HOST_SETS, INTERVAL_SETS, Stage, Table
 from .transaction import Transaction
 
 
@@ -99,8 +99,7 @@ def _by_set(table: Table, stage: Stage) -> dict[str, list[str]]:
         comment = comments.get(row.owner, "") if row.owner and row.set in ("frontends", "node-ports") else ""
         found.setdefault(row.set, []).append(rows.row_text(table, row, comment))
     for name in HOST_SETS:
-        shown = [native.element_text(table.nft, name, native.element_from_bytes(e)) for e in table.host[name]]
-        found.setdefault(name, []).extend(shown)
+        found.setdefault(name, []).extend(_host_texts(table, name))
     return found
 
 
@@ -124,14 +123,20 @@ def _plan_family(kernel: Kernel, family: Family, host: HostState, batch: ChangeB
     if live is not None:
         adopt.recall(kernel, nft, live.name, table)
     present: dict[str, dict[bytes, Element]] = {}
+    ranges: dict[str, list[str]] = {}
     if fits:
         adopt.recall_classes(kernel, nft, name, table)
-        present = {s: _present(kernel, nft, name, s) for s in (*rows.SERVICE_SETS, *HOST_SETS, "classes")}
+        adopt.recall_slots(kernel, nft, name, table)
+        present = {
+            s: _present(kernel, nft, name, s) for s in (*rows.SERVICE_SETS, "node-addresses", "classes")
+        }
+        ranges = {s: native.interval_texts(nft, s, kernel.elements(nft, name, s)) for s in INTERVAL_SETS}
     else:
         yield Operation(verb="add", native=f"table {nft} {name} (skeleton {skeleton.digest(shape)})")
     stage = _stage(table, batch, host)
     stage.commit()
     yield from _plan_elements(table, present)
+    yield from _plan_ranges(table, ranges)
     if live is not None and not fits:
         yield Operation(verb="delete", native=f"table {nft} {live.name}")
 
@@ -156,14 +161,31 @@ def _plan_elements(table: Table, present: dict[str, dict[bytes, Element]]) -> It
         yield _operation(
             "add" if there is None else "replace", table, row.set, rows.row_text(table, row), row.owner
         )
-    for name in HOST_SETS:
-        for raw in table.host[name]:
-            item = native.element_from_bytes(raw)
-            if present.get(name, {}).pop(rows.identity_of(name, item), None) is None:
-                yield _operation("add", table, name, native.element_text(table.nft, name, item), None)
+    for raw in table.host["node-addresses"]:
+        item = native.element_from_bytes(raw)
+        if present.get("node-addresses", {}).pop(rows.identity_of("node-addresses", item), None) is None:
+            text = native.element_text(table.nft, "node-addresses", item)
+            yield _operation("add", table, "node-addresses", text, None)
     for name, left in present.items():
         for item in left.values():
             yield _operation("delete", table, name, native.element_text(table.nft, name, item), None)
+
+
+def _plan_ranges(table: Table, present: dict[str, list[str]]) -> Iterator[Operation]:
+    for name in INTERVAL_SETS:
+        wanted, there = _host_texts(table, name), present.get(name, [])
+        for text in sorted(set(wanted) - set(there)):
+            yield _operation("add", table, name, text, None)
+        for text in sorted(set(there) - set(wanted)):
+            yield _operation("delete", table, name, text, None)
+
+
+def _host_texts(table: Table, name: str) -> list[str]:
+    """The wanted elements of a set about the node."""
+    elements = [native.element_from_bytes(raw) for raw in table.host[name]]
+    if name in INTERVAL_SETS:
+        return native.interval_texts(table.nft, name, elements)
+    return [native.element_text(table.nft, name, item) for item in elements]
 
 
 def _operation(verb: str, table: Table, name: str, text: str, owner: ServicePortName | None) -> Operation:

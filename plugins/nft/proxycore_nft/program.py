@@ -17,6 +17,7 @@ from .entry import Entry, Slots, TooMany
 from .transaction import Elements, Transaction
 
 HOST_SETS = ("node-addresses", "local-pods", "service-cidrs")
+INTERVAL_SETS = ("local-pods", "service-cidrs")
 
 
 class Indexes:
@@ -66,8 +67,10 @@ class Table:
         self.plain = Indexes(layout.STICKY_MASK + 1, layout.INDEX_MASK, "Service ports")
         self.remembered: dict[bytes, int] = {}
         """Frontend key -> index, read from the kernel at start: a Service port keeps its index over a restart."""
-        self.remembered_handles: dict[bytes, int] = {}
-        """index . target -> handle, read from the kernel at start."""
+        self.remembered_handles: dict[int, dict[bytes, int]] = {}
+        """index -> target -> handle, read from the kernel at start."""
+        self.remembered_slots: dict[tuple[int, bool], tuple[bytes, ...]] = {}
+        """(index, local pool) -> targets by slot, read from the kernel for a plan."""
 
     def indexes(self, sticky: bool) -> Indexes:
         return self.sticky if sticky else self.plain
@@ -172,29 +175,37 @@ class Stage:
         return None
 
     def _hint(self, state: ServiceState, index: int, old: Entry | None) -> Entry | None:
-        """What build() starts from: the old entry, or after a restart the handles that clients still hold."""
-        if old is not None or not state.affinity_seconds or not self.table.remembered_handles:
+        """What build() starts from: the old entry, or what was read from the kernel."""
+        table = self.table
+        if old is not None or not (table.remembered_handles or table.remembered_slots):
             return old
-        prefix = layout.number(index)
-        handles = {
-            key[4:]: handle for key, handle in self.table.remembered_handles.items() if key.startswith(prefix)
-        }
-        if not handles:
+        handles: dict[bytes, int] = {}
+        if state.affinity_seconds:
+            handles = table.remembered_handles.get(index, {})
+        cluster, local = (table.remembered_slots.get((index, side)) for side in (False, True))
+        if handles and cluster is None:
+            # Targets as a pool of their own: only handles are taken from it, the slots are laid out anew.
+            cluster = tuple(handles)
+        if cluster is None and local is None:
             return None
-        # Targets as a pool of their own: only handles are taken from it, the slots are laid out anew.
-        slots = Slots(tuple(handles), tuple(handles.values()))
+
+        def slots(targets: tuple[bytes, ...] | None) -> Slots | None:
+            if targets is None:
+                return None
+            return Slots(targets, tuple(handles[t] for t in targets) if handles else ())
+
         return Entry(
             index=index,
-            affinity_seconds=state.affinity_seconds,
+            affinity_seconds=state.affinity_seconds or 0,
             comment="",
             frontends=(),
             node_ports=(),
             firewall=(),
             cluster_ips=(),
             hairpin=frozenset(),
-            cluster=slots,
-            local=None,
-            last_ordinal=max(handle >> layout.ORDINAL_SHIFT for handle in handles.values()),
+            cluster=slots(cluster),
+            local=slots(local),
+            last_ordinal=max((handle >> layout.ORDINAL_SHIFT for handle in handles.values()), default=0),
         )
 
     def _untake(self, index: int) -> None:

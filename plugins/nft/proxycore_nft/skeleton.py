@@ -89,7 +89,9 @@ def table_text(shape: Shape, table: str, mark: str | None = None) -> str:
     f = layout.NFT_FAMILY[shape.family]
     key = f"{f} daddr . meta l4proto . th dport"
     port = "meta l4proto . th dport"
+    protocols = "meta l4proto { tcp, udp, sctp }"
     bit = f"0x{1 << shape.masquerade_bit:08x}"
+    reject, drop = layout.REJECT << layout.CLASS_SHIFT, layout.DROP << layout.CLASS_SHIFT
     loopback = "127.0.0.0/8" if f == "ip" else "::1"
     if shape.node_ports_everywhere:
         at_node = f"fib daddr type local {f} daddr != {loopback}"
@@ -204,10 +206,10 @@ table {f} {table} {{
 	}}
 	chain endpoints-first {{
 		comment "a pool that shrank while the packet was under way: slot 0 is always there"
-		meta l4proto {{ tcp, udp, sctp }} dnat {f} to meta priority . numgen random mod 1 map @endpoints
+		{protocols} dnat {f} to meta priority . numgen random mod 1 map @endpoints
 	}}
 	chain local-endpoints-first {{
-		meta l4proto {{ tcp, udp, sctp }} dnat {f} to meta priority . numgen random mod 1 offset {layout.LOCAL_SLOT} map @endpoints
+		{protocols} dnat {f} to meta priority . numgen random mod 1 offset {layout.LOCAL_SLOT} map @endpoints
 	}}
 	chain choose-pool {{
 		meta priority set meta priority & 0x{layout.POOL_MASK:08x}
@@ -251,7 +253,7 @@ table {f} {table} {{
 		ct status & dnat == dnat {f} saddr . {f} daddr @hairpin masquerade fully-random
 	}}
 }}
-add element {f} {table} refusals {{ 0x{layout.REJECT << layout.CLASS_SHIFT:08x} : goto reject-client, 0x{layout.DROP << layout.CLASS_SHIFT:08x} : drop }}
+add element {f} {table} refusals {{ 0x{reject:08x} : goto reject-client, 0x{drop:08x} : drop }}
 """
 
 

@@ -183,6 +183,7 @@ class LiveTable:
                 too_many.append((name, str(reason)))
         self.mirror.remembered = {}
         self.mirror.remembered_handles = {}
+        self.mirror.remembered_slots = {}
         return too_many
 
     def _accepted(self, stage: Stage, *, remember: bool = True) -> None:
