@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 import shlex
 from collections.abc import Iterator
@@ -47,6 +48,36 @@ def test_relative_links_resolve(page: Path) -> None:
     assert broken == []
 
 
+def test_index_leads_to_every_page() -> None:
+    index = ROOT / "docs" / "index.md"
+    linked = {(index.parent / target).resolve() for target in LINK.findall(index.read_text())}
+    assert set(ROOT.glob("docs/**/*.md")) - {index} - linked == set()
+
+
+def defined(file: Path) -> set[str]:
+    """Names of functions, classes and methods, as `name` and `Class.name`."""
+    found = set()
+    for node in ast.parse(file.read_text()).body:
+        if isinstance(node, ast.ClassDef):
+            inside = {f"{node.name}.{n.name}" for n in node.body if isinstance(n, ast.FunctionDef)}
+            found |= {node.name} | inside
+        elif isinstance(node, ast.FunctionDef):
+            found.add(node.name)
+    return found
+
+
+@pytest.mark.parametrize("page", PAGES, ids=ids)
+def test_code_that_pages_name_exists(page: Path) -> None:
+    missing = []
+    for path, _, name in re.findall(r"`([\w./-]+\.(?:py|toml|yaml|txt))(::([\w.]+))?`", page.read_text()):
+        file = ROOT / path
+        if "/" in path and not file.is_file():
+            missing.append(path)
+        elif name and name not in defined(file):
+            missing.append(f"{path}::{name}")
+    assert missing == []
+
+
 def commands() -> Iterator[tuple[str, list[str]]]:
     for page in PAGES:
         for line in COMMAND.findall(page.read_text()):
@@ -64,7 +95,7 @@ def fault(words: list[str]) -> str:
         }
         if not hasattr(command, "commands") or not words:
             break
-        if words[0].startswith("-"):
+        if words[0].startswith("-") or words[0].isupper():  # COMMAND stands for any
             break
         if words[0] not in command.commands:
             return f"no command {words[0]!r}"
