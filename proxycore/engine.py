@@ -166,6 +166,7 @@ class Engine:
         while not self._stopping:
             for item in self._wait():
                 self._take(item)
+            self._collect()
             self._work()
         self._shut_down()
 
@@ -196,8 +197,10 @@ class Engine:
     def _may_start_at(self) -> float:
         return self._last_end + self._settings.min_sync_period_seconds
 
-    def _has_work(self) -> bool:
-        return self._full_reason is not None or self._ledger.next_time(self._clock()) is not None
+    def _is_due(self) -> bool:
+        """Is there something that could be sent now?  What is set aside until later does not count."""
+        due = self._ledger.next_time(self._clock())
+        return self._full_reason is not None or (due is not None and due <= self._clock())
 
     def _take(self, item: _Item) -> None:
         match item:
@@ -231,7 +234,6 @@ class Engine:
             store = self._desired.store
             if (store.node, store.service_cidr_objects) != self._host_inputs:
                 self._refresh_host()
-        self._collect()
 
     def _take_trouble(self, subject: str, reason: str) -> None:
         if not reason:
@@ -250,7 +252,6 @@ class Engine:
         self._host = host
         self._ledger.update_host(host)
         self._desired.handle((), host, arrived=time.time())
-        self._collect()
 
     def _collect(self) -> None:
         """Bring what changed in the desired state into the ledger."""
@@ -258,7 +259,7 @@ class Engine:
         changed = self._desired.take()
         if changed:
             self._ledger.update(changed, began)
-        if self._pending_since is None and self._has_work():
+        if self._pending_since is None and self._is_due():
             self._pending_since = self._clock()
 
     def _name_problems(self) -> None:
@@ -375,7 +376,7 @@ class Engine:
             return
         self._applied_total += 1
         self._last_success = time.time()
-        self._pending_since = now if self._has_work() else None
+        self._pending_since = now if self._is_due() else None
         self._verify_at = now + self._interval()
         for observer in self._observers:
             observer.applied(batch, result)
