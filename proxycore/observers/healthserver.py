@@ -1,8 +1,8 @@
 """A small HTTP server for health checks: many listeners, one thread, tight limits.
 
-It is reachable from outside the node, so a client can hold neither memory nor time: requests are cut at
-`HEADER_BYTES`, a connection is closed when idle, when the cap is reached the newcomer is turned away, bodies are not
-read.
+It is reachable from outside the node, so no client may cost much memory or time: a request's head is limited to
+`HEADER_BYTES`, an idle connection is closed, a newcomer beyond the cap is turned away, bodies are not understood.
+It sits on bare sockets since asyncio's streams lose a connection that comes while their server closes.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import asyncio
 import contextlib
 import socket
 import threading
-from collections.abc import Callable, Coroutine, Iterable
+from collections.abc import Callable, Collection, Coroutine
 from email.utils import formatdate
 from http import HTTPStatus
 from typing import Any, NamedTuple, TypeVar
@@ -20,6 +20,8 @@ HEADER_BYTES = 8192
 IDLE_SECONDS = 10.0
 WRITE_SECONDS = 5.0
 CONNECTIONS = 256
+DRAINED_BYTES = 65536
+ACCEPT_PAUSE_SECONDS = 1.0
 _BACKLOG = 128
 
 T = TypeVar("T")
@@ -50,9 +52,9 @@ class HealthServer:
     """Listeners by address, served by a thread of its own in the network namespace of the one who makes it."""
 
     def __init__(self) -> None:
-        self._listeners: dict[Address, asyncio.Server] = {}
+        self._listeners: dict[Address, socket.socket] = {}
         self._responders: dict[Address, Responder] = {}
-        self._connections: dict[Address, set[asyncio.StreamWriter]] = {}
+        self._conversations: dict[asyncio.Task[None], Address] = {}
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="health-server", daemon=True)
         self._thread.start()
@@ -73,7 +75,7 @@ class HealthServer:
         """Close everything and end the thread; doing it twice does no harm."""
         if self._loop.is_closed():
             return
-        self._call(self._end())
+        self._call(self._serve({}))
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join(10)
         if not self._thread.is_alive():
@@ -88,79 +90,97 @@ class HealthServer:
         self._responders = dict(wanted)
         refused: dict[Address, OSError] = {}
         for address in wanted:
-            if address in self._listeners:
-                continue
-            try:
-                await self._open(address)
-            except OSError as error:
-                refused[address] = error
+            if address not in self._listeners:
+                try:
+                    self._listeners[address] = _listener(address)
+                except OSError as error:
+                    refused[address] = error
+                    continue
+                self._admit(address)
         return refused
 
-    async def _end(self) -> None:
-        await self._shut(list(self._listeners))
-        tasks = [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-
-    async def _open(self, address: Address) -> None:
-        listener = _listener(address)
-
-        async def accepted(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-            await self._converse(address, reader, writer)
-
-        try:
-            self._listeners[address] = await asyncio.start_server(
-                accepted, sock=listener, limit=HEADER_BYTES, backlog=_BACKLOG
-            )
-        except BaseException:
-            listener.close()
-            raise
-
-    async def _shut(self, addresses: Iterable[Address]) -> None:
+    async def _shut(self, addresses: Collection[Address]) -> None:
         for address in addresses:
-            self._listeners.pop(address).close()
-            for writer in self._connections.pop(address, set()):
-                writer.transport.abort()
+            listener = self._listeners.pop(address)
+            self._loop.remove_reader(listener)
+            listener.close()
+        ending = [task for task, address in self._conversations.items() if address in addresses]
+        for task in ending:
+            task.cancel()
+        await asyncio.gather(*ending, return_exceptions=True)
 
-    async def _converse(
-        self, address: Address, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
-    ) -> None:
-        if sum(map(len, self._connections.values())) >= CONNECTIONS or address not in self._listeners:
-            writer.transport.abort()
+    def _admit(self, address: Address) -> None:
+        if address in self._listeners:
+            self._loop.add_reader(self._listeners[address], self._accept, address)
+
+    def _accept(self, address: Address) -> None:
+        listener = self._listeners[address]
+        try:
+            connection, _ = listener.accept()
+        except (BlockingIOError, ConnectionError):
             return
-        own = self._connections.setdefault(address, set())
-        own.add(writer)
-        try:
-            while await self._exchange(address, reader, writer):
-                pass
-        except (OSError, TimeoutError, asyncio.IncompleteReadError):
-            pass
-        finally:
-            own.discard(writer)
-            with contextlib.suppress(OSError):
-                writer.close()
+        except OSError:
+            # Out of file descriptors or memory; the listener stays readable, so it would be asked at once again.
+            self._loop.remove_reader(listener)
+            self._loop.call_later(ACCEPT_PAUSE_SECONDS, self._admit, address)
+            return
+        if len(self._conversations) >= CONNECTIONS:
+            connection.close()
+            return
+        connection.setblocking(False)
+        task = self._loop.create_task(self._converse(address, connection))
+        self._conversations[task] = address
 
-    async def _exchange(
-        self, address: Address, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
-    ) -> bool:
-        """Answer one request; False: that was the last one of this connection."""
-        try:
-            async with asyncio.timeout(IDLE_SECONDS):
-                head = await reader.readuntil(b"\r\n\r\n")
-        except asyncio.LimitOverrunError:
-            await _reply(writer, _plain(HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE), keep=False)
-            return False
+        def over(task: asyncio.Task[None]) -> None:
+            # Here and not in the task: one that is cancelled before its first step never runs.
+            connection.close()
+            del self._conversations[task]
+
+        task.add_done_callback(over)
+
+    async def _converse(self, address: Address, connection: socket.socket) -> None:
+        with contextlib.suppress(OSError, TimeoutError):
+            buffer = bytearray()
+            while True:
+                async with asyncio.timeout(IDLE_SECONDS):
+                    head = await self._read_head(connection, buffer)
+                if head is None:
+                    return
+                keep, reply = self._reply_to(address, head)
+                async with asyncio.timeout(WRITE_SECONDS):
+                    await self._loop.sock_sendall(connection, reply)
+                    if not keep:
+                        await self._part(connection)
+                        return
+
+    async def _read_head(self, connection: socket.socket, buffer: bytearray) -> bytes | None:
+        """A request up to its empty line, taken out of `buffer`, or all there is of one too long; None: no more."""
+        while (end := buffer.find(b"\r\n\r\n")) < 0 and len(buffer) <= HEADER_BYTES:
+            data = await self._loop.sock_recv(connection, 4096)
+            if not data:
+                return None
+            buffer += data
+        length = end + 4 if end >= 0 else len(buffer)
+        head = bytes(buffer[:length])
+        del buffer[:length]
+        return head
+
+    async def _part(self, connection: socket.socket) -> None:
+        """Close in order: what we did not read would make the kernel reset the connection and lose our answer."""
+        connection.shutdown(socket.SHUT_WR)
+        left = DRAINED_BYTES
+        while left > 0 and (data := await self._loop.sock_recv(connection, 4096)):
+            left -= len(data)
+
+    def _reply_to(self, address: Address, head: bytes) -> tuple[bool, bytes]:
+        """May the connection go on after this, and the bytes of the answer to one request."""
+        if len(head) > HEADER_BYTES:
+            return False, _reply(_plain(HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE), keep=False)
         request = _parse(head)
         if request is None:
-            await _reply(writer, _plain(HTTPStatus.BAD_REQUEST), keep=False)
-            return False
-        responder = self._responders.get(address)
-        if responder is None:
-            return False
+            return False, _reply(_plain(HTTPStatus.BAD_REQUEST), keep=False)
         keep = request.keep and request.method in ("GET", "HEAD")
-        await _reply(writer, responder(), keep=keep, head_only=request.method == "HEAD")
-        return keep
+        return keep, _reply(self._responders[address](), keep=keep, head_only=request.method == "HEAD")
 
 
 class _Request(NamedTuple):
@@ -199,9 +219,7 @@ def _plain(status: HTTPStatus) -> Answer:
     return Answer(status, (("Content-Type", "text/plain; charset=utf-8"),), f"{status.phrase}\n".encode())
 
 
-async def _reply(
-    writer: asyncio.StreamWriter, answer: Answer, *, keep: bool, head_only: bool = False
-) -> None:
+def _reply(answer: Answer, *, keep: bool, head_only: bool = False) -> bytes:
     status = answer.status
     lines = [f"HTTP/1.1 {status.value} {status.phrase}"]
     lines += (f"{name}: {value}" for name, value in answer.headers)
@@ -210,9 +228,7 @@ async def _reply(
     if not keep:
         lines.append("Connection: close")
     head = ("\r\n".join(lines) + "\r\n\r\n").encode("latin-1")
-    writer.write(head if head_only else head + answer.body)
-    async with asyncio.timeout(WRITE_SECONDS):
-        await writer.drain()
+    return head if head_only else head + answer.body
 
 
 def _listener(address: Address) -> socket.socket:
@@ -223,6 +239,7 @@ def _listener(address: Address) -> socket.socket:
         if family == socket.AF_INET6:
             listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
         listener.bind((address.host, address.port))
+        listener.listen(_BACKLOG)
     except BaseException:
         listener.close()
         raise
