@@ -63,8 +63,8 @@ def recall(kernel: Kernel, nft: str, name: str, into: Table) -> int:
                     known = into.remembered_handles.setdefault(handle & layout.STICKY_MASK, {})
                     known.setdefault(item.data, handle)
     except (KernelError, struct.error):
-        into.remembered = {}
-        into.remembered_handles = {}
+        into.forget_earlier_run()
+    into.keep_indexes()
     return len(into.remembered)
 
 

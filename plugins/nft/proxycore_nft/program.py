@@ -27,16 +27,25 @@ class Indexes:
         self._first, self._last, self._what = first, last, what
         self._next = first
         self.used: set[int] = set()
+        self.kept: frozenset[int] = frozenset()
+        """Those of an earlier run: only to be claimed, as long as there are others."""
 
     def take(self) -> int:
-        if len(self.used) > self._last - self._first:
-            raise TooMany(f"more than {self._last - self._first + 1} {self._what}")
-        while self._next in self.used:
+        count = self._last - self._first + 1
+        if len(self.used) >= count:
+            raise TooMany(f"more than {count} {self._what}")
+        if len(self.used) + len(self.kept) >= count:
+            self.kept = frozenset()
+        while self._next in self.used or self._next in self.kept:
             self._advance()
         index = self._next
         self._advance()
         self.used.add(index)
         return index
+
+    def keep(self, known: Iterable[int]) -> None:
+        """What an earlier run gave out goes to nobody who does not claim it; replaces what was kept before."""
+        self.kept = frozenset(index for index in known if self._first <= index <= self._last)
 
     def _advance(self) -> None:
         self._next = self._next + 1 if self._next < self._last else self._first
@@ -74,6 +83,16 @@ class Table:
 
     def indexes(self, sticky: bool) -> Indexes:
         return self.sticky if sticky else self.plain
+
+    def keep_indexes(self) -> None:
+        """Give what an earlier run gave out to nobody but those who come again."""
+        for indexes in (self.sticky, self.plain):
+            indexes.keep(self.remembered.values())
+
+    def forget_earlier_run(self) -> None:
+        """Everybody has come again who was to come."""
+        self.remembered, self.remembered_handles, self.remembered_slots = {}, {}, {}
+        self.keep_indexes()
 
 
 _DATA_SIZE = {"ip": 8, "ip6": 20}
@@ -133,6 +152,7 @@ class Stage:
             index = self._index_for(state, old)
             try:
                 new = entry.build(state, index, self._hint(state, index, old))
+                self._make_classes(new)
             except TooMany:
                 self._untake(index)
                 raise
@@ -352,6 +372,12 @@ class Stage:
         if number is None and create:
             number = self.make_class(wanted)
         return number or 0
+
+    def _make_classes(self, item: Entry) -> None:
+        """Those that an entry needs.  Raises TooMany; so it comes before anything is staged for that Service port."""
+        for slots, local in ((item.cluster, False), (item.local, True)):
+            if slots is not None:
+                self._class(slots, local, item.affinity_seconds, create=True)
 
     def make_class(self, wanted: Class) -> int:
         """Stage a class's chains and rules; they come before all elements in the transaction."""

@@ -181,13 +181,11 @@ class LiveTable:
                 stage.put(name, state)
             except TooMany as reason:
                 too_many.append((name, str(reason)))
-        self.mirror.remembered = {}
-        self.mirror.remembered_handles = {}
-        self.mirror.remembered_slots = {}
         return too_many
 
     def _accepted(self, stage: Stage, *, remember: bool = True) -> None:
         stage.commit()
+        self.mirror.forget_earlier_run()
         if stage.new_classes:
             self._near |= classes.neighbours(stage.new_classes) - self.mirror.classes.keys()
             if remember:
