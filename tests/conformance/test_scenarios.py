@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from functools import cache
-from importlib.metadata import entry_points
 
 import pytest
 
+from proxycore.plugins import list_plugins
 from proxycore.testing import netns
 from proxycore.testing.conformance import run_scenario, unheld
 from proxycore.testing.scenario import load
 
-BACKENDS = sorted(entry.name for entry in entry_points(group="proxycore.backends"))
+BACKENDS = [
+    listed.found.name
+    for listed in list_plugins()
+    if listed.facts is None or listed.facts.state == "available"
+]
 PAIRS = [
     pytest.param(scenario, backend, id=f"{backend}-{scenario.id}")
     for backend in BACKENDS
@@ -31,8 +34,8 @@ def problems(backend: str) -> str:
     with netns.Namespace("probe") as namespace:
         argv = [sys.executable, "-m", "proxycore", "backends", "--probe", "-o", "json"]
         done = namespace.run(argv, check=False)
-    found = {entry["name"]: entry for entry in json.loads(done.stdout)}
-    return "; ".join(found[backend].get("problems") or ()) if backend in found else "not listed"
+    (found,) = (entry for entry in json.loads(done.stdout) if entry["name"] == backend)
+    return "" if found["state"] == "fit" else "; ".join(found["problems"]) or found["summary"]
 
 
 @pytest.mark.parametrize(("scenario", "backend"), PAIRS)
