@@ -1,0 +1,16 @@
+"""Namespaces, and the backend on the real nf_tables or on the fake."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from proxycore.testing.netns import Namespace
+
+
+@pytest.fixture
+def namespace() -> Iterator[Namespace]:
+    """A network namespace of the test's own."""
+    with Namespace("nft") as made:
+        yield made
