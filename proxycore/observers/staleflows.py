@@ -116,8 +116,7 @@ class FlowIndex:
 
     def claims(self, flow: Flow) -> tuple[Entry, ...]:
         """The entries whose frontend this flow was sent to."""
-        dialled = flow.destination, flow.destination_port
-        found = self._dialled.get(dialled, ())
+        found = self._dialled.get(flow[2:4], ())
         if flow.destination in self._local:
             family: Family = "IPv4" if len(flow.destination) == 4 else "IPv6"
             found += self._dialled.get((family, flow.destination_port), ())
@@ -197,8 +196,9 @@ def stale(flows: Iterable[Flow], index: FlowIndex) -> Iterator[Flow]:
     Service had nobody then (in the default zone only: in others an untranslated flow may be another's bookkeeping).
     At a frontend that is nobody's any more only flows to its former endpoints go.
     """
+    claims = index.claims
     for flow in flows:
-        entries = index.claims(flow)
+        entries = claims(flow)
         if entries and _is_stale(flow, entries):
             yield flow
 
@@ -208,22 +208,23 @@ def is_certain(flow: Flow, index: FlowIndex) -> bool:
 
     Not so if its server is unknown: it may be an endpoint so new that the index does not have it yet.
     """
-    server = flow.reply_source, flow.reply_source_port
+    server = flow[4:6]
     return not _translated(flow) or any(server in entry.former for entry in index.claims(flow))
 
 
 def _is_stale(flow: Flow, entries: tuple[Entry, ...]) -> bool:
-    server = flow.reply_source, flow.reply_source_port
-    live = [entry for entry in entries if not entry.gone]
-    if any(entry.serving is None or server in entry.serving for entry in live):
-        return False
-    if live:
-        return _translated(flow) or flow.zone == flow.reply_zone == 0
-    return _translated(flow) and any(server in entry.former for entry in entries)
+    server = flow[4:6]
+    # The common case first: nearly every flow is right.
+    for entry in entries:
+        if entry.serving is None or server in entry.serving:
+            return False
+    if all(entry.gone for entry in entries):
+        return _translated(flow) and any(server in entry.former for entry in entries)
+    return _translated(flow) or flow.zone == flow.reply_zone == 0
 
 
 def _translated(flow: Flow) -> bool:
-    return flow.reply_source != flow.destination or flow.reply_source_port != flow.destination_port
+    return flow[4:6] != flow[2:4]
 
 
 def _entry(state: ServiceState) -> Entry:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from proxycore.backend import ApplyResult, Failure
@@ -267,6 +267,7 @@ def made(number: int, what: tuple[set[str], bool, bool]) -> ServiceState:
     return state(*sorted(servers), name=NAMES[number], at=tuple(at))
 
 
+@settings(deadline=None)
 @given(steps)
 def test_incremental_equals_from_scratch_once_settled(history: list):
     index, final = FlowIndex(HOST), {}
@@ -282,6 +283,7 @@ def test_incremental_equals_from_scratch_once_settled(history: list):
     assert len(index) == len(scratch)
 
 
+@settings(deadline=None)
 @given(steps)
 def test_flows_to_what_serves_are_never_stale_and_leftovers_always_are(history: list):
     index, final = FlowIndex(HOST), {}
