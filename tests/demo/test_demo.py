@@ -85,3 +85,10 @@ def test_interrupt_leaves_nothing(number: signal.Signals) -> None:
     while leftovers() - before and time.monotonic() < deadline:
         time.sleep(0.05)
     assert leftovers() <= before
+
+
+def test_proxyctl_passes() -> None:
+    command = [sys.executable, "-m", "proxycore", "demo", "--backend", "nft", "--plain", "--for", "10"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "every one as it should be" in done.stdout
