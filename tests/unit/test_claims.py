@@ -130,11 +130,12 @@ def test_lost_frontends_take_their_pools_along():
     assert kept is states[1]
 
 
-def test_claims_leave_nothing_behind():
+@pytest.mark.parametrize("order", [IN_ORDER, IN_ORDER[::-1]])
+def test_claims_leave_nothing_behind(order):
     claims = Claims()
     for item in IN_ORDER:
         claims.update(*claimant(item))
-    for item in IN_ORDER:
+    for item in order:
         claims.update(claimant(item)[0], (), None)
     assert not any(vars(claims).values())
 

@@ -6,7 +6,7 @@ import pytest
 
 from proxycore.backend import ApplyResult, Failure
 from proxycore.changes import UNKNOWN
-from proxycore.delta import FULL_TRIES, LONGEST_PAUSE_SECONDS, REFUSALS_IN_A_ROW, Ledger
+from proxycore.delta import FULL_TRIES, LONGEST_PAUSE_SECONDS, Ledger
 from proxycore.errors import InternalError
 from proxycore.model import Endpoint, Pool, ServicePortName, ServiceState
 from proxycore.quarantine import LONGEST_DELAY_SECONDS, delay_seconds
@@ -473,18 +473,55 @@ def test_backend_that_refuses_everything_is_not_the_services_fault():
     assert ledger.quarantined == {}
 
 
-def test_what_was_refused_in_bad_times_is_tried_soon_after():
+def test_what_was_refused_in_bad_times_is_tried_again_at_the_first_success():
     ledger = ledger_with("ok")
-    ledger.update(states("a", "b", "c", "d"))
+    ledger.update(states("a", "b", "c"))
     now = 0.0
-    for _ in range(3 + REFUSALS_IN_A_ROW):  # all, a and b, a, b, c and d, c
+    while now < 2000.0:
         batch = ledger.batch(now)
-        ledger.acknowledge(batch, rejected(batch), now)
-    assert text(batch) == ["c"]
-    assert set(ledger.quarantined) == names("a", "b", "c")
-    now = ledger.next_time(now)
-    assert now == 1.0
-    batch = ledger.batch(now)
-    assert text(batch) == ["d"]
-    ledger.acknowledge(batch, applied(batch), now)
-    assert sorted(text(ledger.batch(now))) == ["a", "b", "c"]
+        if batch is not None:
+            ledger.acknowledge(batch, rejected(batch), now)
+        now = ledger.next_time(now)
+    assert all(held.next_retry > now - 1000 and held.attempts > 5 for held in ledger.quarantined.values())
+    late = max(held.next_retry for held in ledger.quarantined.values()) - 1.0
+    ledger.update(states("d"))
+    batch = ledger.batch(late)
+    while "d" not in text(batch):
+        ledger.acknowledge(batch, rejected(batch), late)
+        late = ledger.next_time(late)
+        batch = ledger.batch(late)
+    assert any(held.next_retry > late for held in ledger.quarantined.values()), "some would have to wait"
+    ledger.acknowledge(batch, applied(batch), late)
+    assert sorted(text(ledger.batch(late))) == ["a", "b", "c"]
+
+
+def test_failure_of_an_object_of_the_past_sets_nothing_aside():
+    ledger = ledger_with("a")
+    ledger.update(states("a", port=2))
+    batch = ledger.batch(0.0)
+    ledger.update(states("a", port=3))
+    ledger.acknowledge(batch, applied(batch, failed=(Failure(name=name("a"), why="no"),)), 0.0)
+    assert ledger.quarantined == {}
+    assert ledger.batch(0.0).changes[0].after == state("a", 3)
+
+
+def test_exception_makes_the_node_facts_unknown_too():
+    ledger = ledger_with("a")
+    ledger.update_host(host())
+    first = ledger.batch(0.0)
+    ledger.acknowledge(first, applied(first), 0.0)
+    ledger.update_host(host(zone="b"))
+    ledger.lost(ledger.batch(0.0), "it raised", 0.0)
+    ledger.update_host(host())
+    again = ledger.batch(0.0)
+    assert (again.host.before, again.host.after) == (None, host())
+
+
+def test_halves_of_a_full_batch_bring_the_node_facts():
+    ledger = Ledger()
+    ledger.update_host(host())
+    ledger.update(states("a", "b"))
+    batch = ledger.batch(0.0, full=True)
+    ledger.acknowledge(batch, rejected(batch), 0.0)
+    half = ledger.batch(0.0)
+    assert (text(half), half.full, half.host.after) == (["a"], True, host())

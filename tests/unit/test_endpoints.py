@@ -311,3 +311,13 @@ def test_hints_follow_their_endpoints_through_a_merge():
     assert pool_text(state(first, second, zone="zone-a").cluster) == "10.0.0.1:8080 10.0.0.3:8080"
     bare = endpoint_slice("10.0.0.9", name="web-3")
     assert len(state(first, second, bare, zone="zone-a").cluster.endpoints) == 4
+
+
+def test_hints_of_a_losing_duplicate_do_not_count():
+    loser = endpoint("10.0.0.1", "n1", zones=["zone-a"])
+    winner = endpoint("10.0.0.1", NODE)
+    assert (
+        cluster(loser, winner, B, zone="zone-b")
+        == cluster(winner, B, zone="zone-b")
+        == "10.0.0.1:8080 10.0.0.2:8080"
+    )

@@ -384,6 +384,13 @@ def test_external_policy_local_counts_only_if_accessible_from_outside():
     assert routes(item, FrontendKind.EXTERNAL_IP) == "pod=cluster node=cluster+masquerade outside=local"
 
 
+def test_stale_ingress_does_not_make_a_cluster_ip_service_accessible():
+    item = service(external_traffic_policy="Local", ingress=["1.2.3.4"])
+    assert routes(item, FrontendKind.LOAD_BALANCER_IP) == (
+        "pod=cluster+masquerade node=cluster+masquerade outside=cluster+masquerade"
+    )
+
+
 def test_both_policies_local_need_both_pools():
     (state,) = states(
         service(
