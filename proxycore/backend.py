@@ -60,12 +60,17 @@ class BackendContext(msgspec.Struct, frozen=True, kw_only=True):
     host: HostState
     families: tuple[Family, ...]
     options: Mapping[str, Any] = {}
+    takeover: Literal["auto", "refuse", "leave"] = "auto"
 
 
 class Probe(msgspec.Struct, frozen=True, kw_only=True):
-    """Can this host carry the backend?  `problems` empty means yes; `facts` are for people (versions, features)."""
+    """Can this host carry the backend?  `problems` empty means yes.
+
+    `warnings`: what works but will surprise (another proxy's rules).  `facts` are for people (versions, features).
+    """
 
     problems: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
     facts: Mapping[str, str] = {}
 
 

@@ -57,9 +57,10 @@ class HostChange(msgspec.Struct, frozen=True, kw_only=True):
 class ChangeBatch(msgspec.Struct, frozen=True, kw_only=True):
     """Changes to be brought into force together.
 
-    `full`: afterwards exactly the `after` states of `changes` must be in force (quarantined Services excepted, which are
-    not in it).  `host` is None when the node's facts did not change.  `oldest_trigger_time`: seconds since the epoch of the
-    earliest cause, from `endpoints.kubernetes.io/last-change-trigger-time`, else the time of arrival.
+    `full`: afterwards exactly the `after` states of `changes` must be in force, and nothing of any other Service; those in
+    quarantine are in it with the state that was last acknowledged.  `host` is None when the node's facts did not change.
+    `oldest_trigger_time`: seconds since the epoch of the earliest cause, from
+    `endpoints.kubernetes.io/last-change-trigger-time`, else the time of arrival.
     """
 
     generation: int

@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from queue import Empty, SimpleQueue
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import msgspec
 
@@ -56,6 +56,7 @@ class EngineSettings(msgspec.Struct, frozen=True, kw_only=True):
     min_sync_period_seconds: float = 0.0
     verify_interval_seconds: float = 1.0
     backend_options: dict[str, Any] = {}
+    takeover: Literal["auto", "refuse", "leave"] = "auto"
     observer_options: dict[str, dict[str, Any]] = {}
 
 
@@ -276,7 +277,10 @@ class Engine:
     def _context(self) -> BackendContext:
         assert self._host is not None
         return BackendContext(
-            host=self._host, families=self._settings.families, options=self._settings.backend_options
+            host=self._host,
+            families=self._settings.families,
+            options=self._settings.backend_options,
+            takeover=self._settings.takeover,
         )
 
     def _start_backend(self) -> None:

@@ -7,7 +7,7 @@ import sys
 import threading
 from collections.abc import Callable, Sequence
 
-from .backend import BackendContext
+from .backend import BackendContext, Capability
 from .cell import BackendCell
 from .changes import ChangeBatch
 from .cli.options import RunOptions
@@ -78,7 +78,21 @@ def run_proxy(options: RunOptions) -> int:
     watch = AddressWatch()
     host = _Host(options, watch.current(), log)
     first = host(None, ())
-    probe(cell, BackendContext(host=first, families=first.families, options=config.backend_options), log)
+    context = BackendContext(
+        host=first,
+        families=first.families,
+        options=config.backend_options,
+        takeover=options.takeover,
+    )
+    probe(cell, context, log)
+
+    if (
+        "localhost" in config.node_port_addresses
+        and Capability.LOCALHOST_NODE_PORT not in cell.info.capabilities
+    ):
+        log.warning(
+            "configuration", warning=f"the {cell.name} backend serves no node ports on loopback addresses"
+        )
 
     def observer_runners(snapshot: Callable[[], ChangeBatch | None]) -> list[ObserverRunner]:
         return [ObserverRunner(observer, snapshot, log=get("observer")) for observer in observers.cells]
@@ -94,6 +108,7 @@ def run_proxy(options: RunOptions) -> int:
             min_sync_period_seconds=config.min_sync_period_seconds,
             verify_interval_seconds=config.verify_interval_seconds,
             backend_options=dict(config.backend_options),
+            takeover=options.takeover,
             observer_options={name: dict(values) for name, values in config.observer_options.items()},
         ),
         host_of=host,
@@ -137,6 +152,8 @@ def probe(cell: BackendCell, context: BackendContext, log: Log) -> None:
     found = cell.probe(context)
     if found.facts:
         log.info("host", **{key.replace(" ", "_"): value for key, value in found.facts.items()})
+    for warning in found.warnings:
+        log.warning("host", warning=warning)
     if found.problems:
         raise KernelError(f"this host cannot carry the {cell.name} backend: {'; '.join(found.problems)}")
 

@@ -71,7 +71,7 @@ class NftBackend:
 
     @hookimpl
     def proxycore_backend_probe(self, context: BackendContext) -> Probe:
-        return offline.probe(context)
+        return offline.probe(self._open_kernel, context)
 
     # -- life --
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from proxycore.api import (
     BackendContext,
@@ -23,11 +23,15 @@ from .kernel import Element, Kernel
 from .program import HOST_SETS, INTERVAL_SETS, Stage, Table
 from .transaction import Transaction
 
+KUBE_PROXY_TABLE = "kube-proxy"
+"""Table of kube-proxy's nftables mode."""
 
-def probe(context: BackendContext) -> Probe:
-    """Ask nft to check the skeleton against this kernel; nothing is loaded."""
+
+def probe(open_kernel: Callable[[], Kernel], context: BackendContext) -> Probe:
+    """Ask nft to check the skeleton against this kernel, and look for other owners of Services; nothing is loaded."""
     facts: dict[str, str] = {}
     problems: list[str] = []
+    warnings: list[str] = []
     try:
         version = _run(["nft", "--version"], "")
         facts["nft"] = version.stdout.strip().removeprefix("nftables ")
@@ -38,11 +42,39 @@ def probe(context: BackendContext) -> Probe:
         checked = _run(["nft", "--check", "-f", "-"], text)
         if checked.returncode:
             problems.append(f"nft cannot load our tables: {' '.join(checked.stderr.split())[:300]}")
+        else:
+            _census(open_kernel, context, problems, warnings)
     except FileNotFoundError:
         problems.append("the program nft is not installed (package nftables)")
     except subprocess.TimeoutExpired:
         problems.append("nft did not answer within 20 s")
-    return Probe(problems=tuple(problems), facts=facts)
+    except KernelError as error:
+        problems.append(str(error))
+    return Probe(problems=tuple(problems), warnings=tuple(warnings), facts=facts)
+
+
+def _census(
+    open_kernel: Callable[[], Kernel], context: BackendContext, problems: list[str], warnings: list[str]
+) -> None:
+    """Who else translates Services here?"""
+    kernel = open_kernel()
+    try:
+        for nft in ("ip", "ip6"):
+            ours = [live.name for live in adopt.survey(kernel, nft) if live.hooked]
+            if context.takeover == "refuse":
+                problems.extend(
+                    f"table {nft} {name} of an earlier run is in force (takeover: refuse)" for name in ours
+                )
+            if KUBE_PROXY_TABLE in kernel.tables(nft):
+                found = f"table {nft} {KUBE_PROXY_TABLE} of kube-proxy's nftables mode is there"
+                if context.takeover == "refuse":
+                    problems.append(f"{found} (takeover: refuse)")
+                else:
+                    warnings.append(
+                        f"{found}: both translate Services until it is removed (kube-proxy --cleanup)"
+                    )
+    finally:
+        kernel.close()
 
 
 def _run(command: list[str], text: str) -> subprocess.CompletedProcess[str]:
