@@ -103,6 +103,11 @@ def special(packed: bytes) -> str | None:
 
 def usable_address(text: str) -> str:
     """The canonical text of an address that can be an endpoint or a frontend.  Raises ValueError, with the reason."""
+    try:
+        if inet_pton(AF_INET, text)[0] not in UNUSUAL_FIRST_OCTETS:
+            return text
+    except (OSError, ValueError):
+        pass
     canonical = address(text)
     why = special(pack(canonical))
     if why:

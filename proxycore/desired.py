@@ -54,7 +54,7 @@ class Desired:
         self._claims = Claims()
         self._entries: dict[ServiceKey, _Entry] = {}
         self._states: dict[ServicePortName, ServiceState] = {}
-        self._dirty: set[ServiceKey] = set()
+        self._dirty: dict[ServiceKey, None] = {}  # in the order of arrival, which is that of memory
         self._replan: set[ServiceKey] = set()
         self._times: dict[ServiceKey, float] = {}
         self._taken: dict[ServicePortName, ServiceState | None] = {}  # changed since take(): what it was then
@@ -127,12 +127,14 @@ class Desired:
         self, services: Iterable[ServiceKey], times: Mapping[ServiceKey, float], arrived: float | None
     ) -> None:
         for key in services:
-            self._dirty.add(key)
+            self._dirty[key] = None
             began = times.get(key)
             if began is None or began < self._started:
                 began = arrived
             if began is not None:
-                self._times[key] = min(began, self._times.get(key, began))
+                known = self._times.get(key)
+                if known is None or began < known:
+                    self._times[key] = began
 
     def _host_changed(self, host: HostState, arrived: float | None) -> None:
         """Mark the Services that depend on what changed, and only these."""
@@ -157,15 +159,22 @@ class Desired:
         """Resolve what is dirty, then let the claims decide, then note what changed."""
         if not self._dirty or self._host is None:
             return
-        affected: set[ServiceKey] = set()
+        affected = dict(self._dirty)
         gone: dict[ServiceKey, _Entry] = {}
         for key in self._dirty:
-            affected |= self._resolve(key, self._host, gone)
-        affected |= self._dirty
+            for other in self._resolve(key, self._host, gone):
+                affected[other] = None
         for key in affected:
-            entry = self._entries.get(key) or gone.get(key)
+            entry = self._entries.get(key)
             if entry is not None:
-                self._grant(key, entry, exists=key in self._entries)
+                self._grant(key, entry, self._claims.granted(key, entry.resolution.states))
+                if entry.resolution.problems or self._claims.lost(key):
+                    self._with_problems.add(key)
+                elif self._with_problems:
+                    self._with_problems.discard(key)
+            elif key in gone:
+                self._grant(key, gone[key], ())
+                self._with_problems.discard(key)
         self._dirty.clear()
         self._replan.clear()
         self._times.clear()
@@ -198,27 +207,24 @@ class Desired:
         return self._claims.update(key, resolution.states, service.metadata.creation_timestamp)
 
     def _index(self, key: ServiceKey, entry: _Entry | None) -> None:
-        (self._zone_users.add if entry and entry.resolution.uses_zone else self._zone_users.discard)(key)
         planned = entry.plan if entry else None
-        (self._node_ip_users.add if planned and planned.uses_node_ips else self._node_ip_users.discard)(key)
-        (
-            self._node_address_users.add
-            if planned and planned.uses_node_addresses
-            else self._node_address_users.discard
-        )(key)
+        for members, belongs in (
+            (self._zone_users, entry and entry.resolution.uses_zone),
+            (self._node_ip_users, planned and planned.uses_node_ips),
+            (self._node_address_users, planned and planned.uses_node_addresses),
+        ):
+            if belongs:
+                members.add(key)
+            elif members:
+                members.discard(key)
 
-    def _grant(self, key: ServiceKey, entry: _Entry, *, exists: bool) -> None:
+    def _grant(self, key: ServiceKey, entry: _Entry, granted: tuple[ServiceState, ...]) -> None:
         """Note the difference between what was desired of a Service and what is now."""
-        granted = self._claims.granted(key, entry.resolution.states) if exists else ()
-        if exists and (entry.resolution.problems or self._claims.lost(key)):
-            self._with_problems.add(key)
-        else:
-            self._with_problems.discard(key)
         before = {state.name: state for state in entry.granted}
         kept = []
         changed = False
         for state in granted:
-            old = before.pop(state.name, None)
+            old = before.pop(state.name, None) if before else None
             if old is not None and old == state:
                 kept.append(old)
                 continue
@@ -229,9 +235,9 @@ class Desired:
             changed = True
             self._note(name, old, None)
         entry.granted = tuple(kept)
-        if changed and key in self._times:
-            began = self._times[key]
-            self._oldest = began if self._oldest is None else min(began, self._oldest)
+        began = self._times.get(key) if changed else None
+        if began is not None and (self._oldest is None or began < self._oldest):
+            self._oldest = began
 
     def _note(self, name: ServicePortName, old: ServiceState | None, new: ServiceState | None) -> None:
         if new is None:

@@ -140,7 +140,7 @@ def plan(
     problems: list[str] = []
     ports = _distinct_ports(spec.ports or (), reserved_ports, problems)
     external = NO_EXTERNAL
-    if service.status is not None or spec.external_ips or spec.external_traffic_policy == "Local":
+    if _looks_outward(service, spec):
         external = External.of(service, ports, host, reserved_ports, problems)
     health_port = _health_check_node_port(spec, external.local, problems)
     affinity = _affinity_seconds(spec, problems)
@@ -156,6 +156,17 @@ def plan(
         _named(service, problems) if problems else (),
         uses_node_ips=bool(spec.load_balancer_source_ranges),
         uses_node_addresses=external.at_reserved_port,
+    )
+
+
+def _looks_outward(service: Service, spec: ServiceSpec) -> bool:
+    """Is there more to read than a node port?  Every Service has a status; of a ClusterIP it is empty."""
+    balancer = service.status.load_balancer if service.status else None
+    return bool(
+        (balancer and balancer.ingress)
+        or spec.external_ips
+        or spec.load_balancer_source_ranges
+        or spec.external_traffic_policy == "Local"
     )
 
 

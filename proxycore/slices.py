@@ -120,7 +120,7 @@ def preference(endpoint: Endpoint) -> tuple[bool, bool, bool, bool]:
 def parse(item: EndpointSlice, node_name: str) -> SliceEndpoints:
     """Take a slice apart, as node `node_name` sees it."""
     metadata = item.metadata
-    service = (metadata.labels or {}).get(LABEL_SERVICE_NAME, "")
+    service = metadata.labels.get(LABEL_SERVICE_NAME, "") if metadata.labels else ""
     if item.address_type not in ("IPv4", "IPv6"):
         return SliceEndpoints(
             namespace=metadata.namespace,
@@ -134,9 +134,8 @@ def parse(item: EndpointSlice, node_name: str) -> SliceEndpoints:
     family: Family = "IPv6" if item.address_type == "IPv6" else "IPv4"
     layout = _layout(item.ports)
     problems = list(layout.problems)
-    rows, hints = _rows(
-        item.endpoints or (), family, layout.numbers[0] if layout.numbers else 0, node_name, problems
-    )
+    first_port = layout.numbers[0] if layout.numbers else 0
+    rows, hints = _rows(item.endpoints or (), family, first_port, node_name, problems)
     order = sorted(rows)
     first = tuple([rows[key] for key in order])
     return SliceEndpoints(
@@ -145,9 +144,11 @@ def parse(item: EndpointSlice, node_name: str) -> SliceEndpoints:
         service=service,
         family=family,
         layout=layout,
-        endpoints=(first, *(_with_port(first, number) for number in layout.numbers[1:]))
-        if layout.numbers
-        else (),
+        endpoints=(first,)
+        if len(layout.numbers) == 1
+        else tuple(
+            [first if number == first_port else _with_port(first, number) for number in layout.numbers]
+        ),
         hints=tuple([hints.get(key) for key in order]) if hints else None,
         problems=summarised(problems) if problems else (),
     )
@@ -196,11 +197,12 @@ def _rows(
                 node=node,
             )
         key = address + terminator
-        if key in rows:
-            if preference(rows[key]) <= preference(endpoint):
+        known = rows.setdefault(key, endpoint)
+        if known is not endpoint:
+            if preference(known) <= preference(endpoint):
                 continue
             hints.pop(key, None)
-        rows[key] = endpoint
+            rows[key] = endpoint
         if item.hints is not None:
             hint = _hints(item.hints)
             if hint is not None:

@@ -116,13 +116,13 @@ class Store:
 
     def _slice_applied(self, item: EndpointSlice) -> Dirty:
         metadata = item.metadata
-        namespace, name = metadata.namespace, metadata.name
-        if not metadata.labels or not metadata.labels.get(LABEL_SERVICE_NAME) or not is_ours(item):
+        namespace, name, labels = metadata.namespace, metadata.name, metadata.labels
+        if not labels or not labels.get(LABEL_SERVICE_NAME) or not is_ours(item):
             return self._deleted("EndpointSlice", namespace, name)
         parsed = parse(item, self.node_name)
         key = (namespace, parsed.service)
         former = self._owner.get((namespace, name))
-        touched = [key]
+        touched = frozenset((key,))
         if former == parsed.service:
             known = self._slices[key]
             if len(known) == 1:
@@ -135,7 +135,7 @@ class Store:
                 self._slices[key] = tuple([parsed if other.name == name else other for other in known])
         else:
             if former is not None:
-                touched.append((namespace, former))
+                touched = frozenset((key, (namespace, former)))
                 self._drop_slice((namespace, former), name)
             self._owner[namespace, name] = parsed.service
             known = self._slices.get(key, ())
@@ -144,9 +144,9 @@ class Store:
             )
         annotations = metadata.annotations
         began = seconds_of(annotations.get(ANNOTATION_TRIGGER_TIME)) if annotations else None
-        return Dirty(
-            frozenset(touched), trigger_times=_NO_TIMES if began is None else dict.fromkeys(touched, began)
-        )
+        if began is None:
+            return Dirty(touched)
+        return Dirty(touched, trigger_times=dict.fromkeys(touched, began))
 
     def _drop_slice(self, service: ServiceKey, name: str) -> None:
         left = tuple([other for other in self._slices[service] if other.name != name])
