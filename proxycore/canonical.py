@@ -21,6 +21,9 @@ _LOOPBACK_IPV6 = bytes(15) + b"\x01"
 UNUSUAL_FIRST_OCTETS = frozenset((0, 127, 169, *range(224, 256)))
 """IPv4 addresses that `special` may object to start with one of these; all others need not be asked about."""
 
+UNUSUAL_FIRST_OCTETS_IPV6 = frozenset((0x00, 0xFE, 0xFF))
+"""The same for IPv6; of the others the C library writes the canonical text."""
+
 
 def _tidy_ipv4(text: str) -> str | None:
     """Dotted quad without leading zeros; None when it is no IPv4 address."""

@@ -9,7 +9,7 @@ Semantics: EndpointSlice as kube-proxy reads it.  Only `addresses[0]` counts; `r
 
 from __future__ import annotations
 
-from _socket import AF_INET, inet_pton
+from _socket import AF_INET, AF_INET6, inet_ntop, inet_pton
 from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
 from itertools import repeat
@@ -165,13 +165,16 @@ def _rows(
     rows: dict[str, Endpoint] = {}
     hints: dict[str, EndpointHints] = {}
     ipv4 = family == "IPv4"
-    unusual = canonical.UNUSUAL_FIRST_OCTETS
+    unusual = canonical.UNUSUAL_FIRST_OCTETS if ipv4 else canonical.UNUSUAL_FIRST_OCTETS_IPV6
     terminator = ":" if ipv4 else "]"
     for item in endpoints:
         try:
             address = item.addresses[0]  # type: ignore[index]
-            if not ipv4 or inet_pton(AF_INET, address)[0] in unusual:
+            packed = inet_pton(AF_INET if ipv4 else AF_INET6, address)
+            if packed[0] in unusual:
                 address = _checked_address(item, family)
+            elif not ipv4:
+                address = inet_ntop(AF_INET6, packed)
         except (OSError, ValueError, TypeError, IndexError):
             try:
                 address = _checked_address(item, family)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+from socket import AF_INET6, inet_ntop
 
 import pytest
 from hypothesis import given
@@ -92,6 +93,13 @@ def test_neighbours_of_special_addresses_are_usable(text):
 def test_only_unusual_first_octets_need_a_second_look(address):
     if address.packed[0] not in canonical.UNUSUAL_FIRST_OCTETS:
         assert canonical.special(address.packed) is None
+
+
+@given(st.ip_addresses(v=6))
+def test_only_unusual_first_octets_of_ipv6_need_a_second_look(address):
+    if address.packed[0] not in canonical.UNUSUAL_FIRST_OCTETS_IPV6:
+        assert canonical.special(address.packed) is None
+        assert canonical.address(str(address)) == inet_ntop(AF_INET6, address.packed)
 
 
 @pytest.mark.parametrize(
