@@ -22,4 +22,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
     if item.get_closest_marker("root") and os.geteuid() != 0:
-        pytest.skip("needs root: run `sudo ./dev test`, or inside `unshare --user --map-root-user --net --mount`")
+        pytest.skip(
+            "needs root: run `sudo ./dev test`, or inside `unshare --user --map-root-user --net --mount`"
+        )

@@ -19,6 +19,7 @@ from .backend import (
     Verification,
 )
 from .changes import UNKNOWN, ChangeBatch, EndpointDelta, HostChange, ServiceChange, Unknown
+from .decode import decode_bytes, decode_value
 from .errors import (
     ConfigError,
     DecodeError,
@@ -50,11 +51,20 @@ from .model import (
     WhenEmpty,
     family_of,
 )
+from .objects import APIObject, EndpointSlice, Kind, Node, Service, ServiceCIDR
 from .observer import ObserverContext
 from .source import Applied, Deleted, Event, Health, Replaced, Sink, Source, SourceContext, Synced, Trouble
 
 __all__ = [
     "API_VERSION",
+    "APIObject",
+    "EndpointSlice",
+    "Kind",
+    "Node",
+    "Service",
+    "ServiceCIDR",
+    "decode_bytes",
+    "decode_value",
     "FAMILIES",
     "UNKNOWN",
     "Applied",

@@ -28,8 +28,9 @@ from .changes import ChangeBatch, HostChange, change
 from .delta import Ledger
 from .desired import Desired
 from .dispatch import BackendReply, BackendRunner, ObserverRunner
+from .frontends import RESERVED_PORTS
 from .logs import Log
-from .model import Family, HostState, ServiceState
+from .model import Family, HostState, Protocol, ServiceState
 from .objects import Node, ServiceCIDR
 from .observer import ObserverContext
 from .source import Event, Health, Synced, Trouble
@@ -57,6 +58,7 @@ class EngineSettings(msgspec.Struct, frozen=True, kw_only=True):
     verify_interval_seconds: float = 1.0
     backend_options: dict[str, Any] = {}
     takeover: Literal["auto", "refuse", "leave"] = "auto"
+    reserved_ports: frozenset[tuple[int, Protocol]] = RESERVED_PORTS
     observer_options: dict[str, dict[str, Any]] = {}
 
 
@@ -111,7 +113,7 @@ class Engine:
         self._inbox: SimpleQueue[_Item] = SimpleQueue()
         self.sink = InboxSink(self._inbox)
         self._info = backend_info
-        self._desired = Desired(settings.node_name)
+        self._desired = Desired(settings.node_name, reserved_ports=settings.reserved_ports)
         self._ledger = Ledger()
         self._host: HostState | None = None
         self._host_inputs: tuple[Node | None, tuple[ServiceCIDR, ...]] = (None, ())

@@ -46,7 +46,11 @@ class External(msgspec.Struct, frozen=True, kw_only=True):
         spec = service.spec
         assert spec is not None
         vips = _load_balancer_addresses(service, problems)
-        external_ips = _by_family("external IP", spec.external_ips, problems) if spec.external_ips else {}
+        external_ips: AddressesByFamily = {}
+        if spec.external_ips and host.external_ips:
+            external_ips = _by_family("external IP", spec.external_ips, problems)
+        elif spec.external_ips:
+            problems.append("external IPs are not served here (feature gate AllowServiceExternalIPs is off)")
         ranges = _source_ranges(spec.load_balancer_source_ranges or (), problems)
         at_reserved_port = bool(vips or external_ips) and any(
             (port.port, port.protocol or "TCP") in reserved_ports for port in ports

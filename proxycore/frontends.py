@@ -73,10 +73,11 @@ class PlanFacts(NamedTuple):
     families: tuple[Family, ...]
     detector_families: frozenset[Family]
     masquerade_all: bool
+    external_ips: bool
 
     @classmethod
     def of(cls, host: HostState) -> PlanFacts:
-        return cls(host.families, detector_families(host), host.masquerade_all)
+        return cls(host.families, detector_families(host), host.masquerade_all, host.external_ips)
 
 
 def detector_families(host: HostState) -> frozenset[Family]:

@@ -72,7 +72,7 @@ class BackendSpec:
     def proxycore_backend_plan(  # type: ignore[empty-body]
         self, context: BackendContext, batch: ChangeBatch
     ) -> tuple[Operation, ...]:
-        """Exact kernel operations from the live kernel to a full batch.  Reads the kernel, changes nothing; start() was not called."""
+        """Exact kernel operations from the live kernel to a full batch.  Changes nothing; start() was not called."""
 
     @hookspec(firstresult=True)
     def proxycore_backend_verify(self, deep: bool) -> Verification:  # type: ignore[empty-body]

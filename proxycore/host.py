@@ -77,6 +77,7 @@ def resolve_host(
         detect_local=_detect_local(config, node, wanted, known_cidrs, warnings),
         masquerade_all=config.masquerade_all,
         masquerade_bit=config.masquerade_bit,
+        external_ips=config.allow_external_ips,
         zone=(node.metadata.labels or {}).get(LABEL_ZONE) or None if node else None,
     )
     return HostResolution(state=state, warnings=tuple(warnings))

@@ -178,7 +178,8 @@ class HostState(msgspec.Struct, frozen=True, kw_only=True):
     """Facts about this node that rules depend on, followed live.
 
     `node_addresses`: every address on an interface, loopback excluded.  `node_ips`: the node's primary address per
-    family.  `detect_local`: how a local pod is told, None: nobody is one.  `service_cidrs`: unallocated addresses of these are dropped.
+    family.  `detect_local`: how a local pod is told, None: nobody is one.  `service_cidrs`: unallocated addresses of
+    these are dropped.  `external_ips`: `spec.externalIPs` are served at all (KEP-5707).
     """
 
     node_name: str
@@ -191,6 +192,7 @@ class HostState(msgspec.Struct, frozen=True, kw_only=True):
     detect_local: DetectLocal | None = None
     masquerade_all: bool = False
     masquerade_bit: int = 14
+    external_ips: bool = True
     zone: str | None = None
 
     def node_ports(self, family: Family) -> NodePortAddresses:

@@ -12,14 +12,16 @@ from .cell import BackendCell
 from .changes import ChangeBatch
 from .cli.options import RunOptions
 from .cli.signals import stopping
+from .config.model import Config
 from .dispatch import BackendReply, BackendRunner, ObserverRunner
 from .engine import Engine, EngineSettings
 from .errors import KernelError, SourceError
+from .frontends import RESERVED_PORTS
 from .host import InterfaceAddress, resolve_host
 from .kernel.addresses import AddressWatch
 from .kernel.families import usable_families
 from .logs import Log, get
-from .model import HostState
+from .model import HostState, Protocol
 from .objects import Node, ServiceCIDR
 from .plugins import load_backend, load_observers, load_source
 from .source import Source, SourceContext
@@ -109,6 +111,7 @@ def run_proxy(options: RunOptions) -> int:
             verify_interval_seconds=config.verify_interval_seconds,
             backend_options=dict(config.backend_options),
             takeover=options.takeover,
+            reserved_ports=reserved_ports(config),
             observer_options={name: dict(values) for name, values in config.observer_options.items()},
         ),
         host_of=host,
@@ -145,6 +148,16 @@ def run_proxy(options: RunOptions) -> int:
     for thread in threads:
         thread.join(timeout=1.0)
     return 0
+
+
+def reserved_ports(config: Config) -> frozenset[tuple[int, Protocol]]:
+    """Ports that no Service may take from the node: the usual ones, and our own as configured."""
+    own = {
+        int(address.rpartition(":")[2])
+        for address in (config.healthz_bind_address, config.metrics_bind_address)
+        if address
+    }
+    return RESERVED_PORTS | {(port, "TCP") for port in own}
 
 
 def probe(cell: BackendCell, context: BackendContext, log: Log) -> None:

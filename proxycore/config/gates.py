@@ -8,7 +8,7 @@ Gate = tuple[Treatment, bool, str]
 """Treatment, value that holds here, and the reason."""
 
 GATES: dict[str, Gate] = {
-    "AllowServiceExternalIPs": ("ignored", True, "external IPs are always programmed in this version"),
+    "AllowServiceExternalIPs": ("obeyed", True, "off: no external IP is served"),
     "KubeProxyNFTablesLocalhostNodePorts": (
         "ignored",
         False,

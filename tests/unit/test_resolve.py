@@ -222,6 +222,14 @@ def test_external_ips_are_split_by_family_and_canonical():
     assert [f.address for f in frontends(item, FrontendKind.EXTERNAL_IP)] == ["192.168.99.11"]
 
 
+def test_external_ips_are_not_served_where_the_gate_is_off():
+    item = service(type="NodePort", external_ips=("192.168.99.11",))
+    assert frontends(item, FrontendKind.EXTERNAL_IP, external_ips=False) == []
+    assert reasons(item, external_ips=False) == [
+        "external IPs are not served here (feature gate AllowServiceExternalIPs is off)"
+    ]
+
+
 def test_address_that_is_both_keeps_its_firewall():
     item = service(
         type="LoadBalancer",
