@@ -102,6 +102,7 @@ class Namespace:
         self.label = label
         self.name: str | None = None
         self._thread: int = 0
+        self._processes: list[subprocess.Popen[Any]] = []
         # One thread that never leaves the namespace: whoever calls stays where they are.
         self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix=f"netns-{label}")
         try:
@@ -137,6 +138,11 @@ class Namespace:
         if self.fd < 0:
             return
         self._unpublish()
+        # A process that was started just now may not have asked for its signal yet.
+        for process in self._processes:
+            if process.poll() is None:
+                process.kill()
+        self._processes.clear()
         self._executor.shutdown()
         os.close(self.fd)
         self.fd = -1
@@ -159,7 +165,10 @@ class Namespace:
         guard = shutil.which("setpriv")
         # The signal comes when the thread that forked ends, which is this namespace's own.
         command = [guard, "--pdeathsig", "KILL", "--", *argv] if guard else list(argv)
-        return self.call(lambda: subprocess.Popen(command, **options))
+        process: subprocess.Popen[Any] = self.call(lambda: subprocess.Popen(command, **options))
+        self._processes = [known for known in self._processes if known.poll() is None]
+        self._processes.append(process)
+        return process
 
     def run(
         self, argv: Sequence[str], *, stdin: str = "", check: bool = True, pass_fds: Sequence[int] = ()
