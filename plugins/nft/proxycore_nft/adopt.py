@@ -18,7 +18,10 @@ from .program import Table
 
 
 class Live(msgspec.Struct, frozen=True, kw_only=True):
-    """One table of ours as found.  `digest` is None when it bears none; `hooked`: it sees packets."""
+    """One table of ours as found.
+
+    `digest` is None when it bears none; `hooked`: it sees packets; `complete`: by all our hooks, and by no others.
+    """
 
     name: str
     digest: str | None
@@ -34,13 +37,14 @@ def survey(kernel: Kernel, nft: str) -> list[Live]:
         marks = [
             c.removeprefix(skeleton.DIGEST_PREFIX) for c in chains if c.startswith(skeleton.DIGEST_PREFIX)
         ]
-        hooks = [chain for chain in skeleton.HOOKS if chains.get(chain)]
+        hooks = {chain: hook for chain, hook in chains.items() if hook is not None}
         found.append(
             Live(
                 name=name,
                 digest=marks[0] if len(marks) == 1 else None,
                 hooked=any(chains.values()),
-                complete=len(hooks) == len(skeleton.HOOKS),
+                complete=hooks == {chain: hook for chain, (hook, _) in skeleton.HOOKS.items()}
+                and name not in kernel.dormant(nft),
             )
         )
     return found

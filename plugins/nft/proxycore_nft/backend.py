@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from proxycore.api import (
     ApplyResult,
@@ -23,7 +23,6 @@ from proxycore.api import (
     Operation,
     Probe,
     ServicePortName,
-    ServiceState,
     Started,
     Verification,
     hookimpl,
@@ -31,8 +30,8 @@ from proxycore.api import (
 
 from . import adopt, layout, offline, skeleton
 from .kernel import Kernel, NetlinkKernel, Refused
-from .tables import LiveTable
-from .transaction import owner_at
+from .tables import LiveTable, out_of_step
+from .transaction import Run, Transaction, owner_at
 
 CAPABILITIES = frozenset(Capability) - {Capability.LOCALHOST_NODE_PORT}
 VERIFY_SHARE = 0.1
@@ -55,6 +54,8 @@ class NftBackend:
         self._host: HostState | None = None
         self._base = 0
         """Generations of the ruleset that others have caused."""
+        self._own = 0
+        """Generations that batches have caused; those that tables caused by themselves they count."""
         self._verify_after = 0.0
 
     # -- facts --
@@ -77,8 +78,11 @@ class NftBackend:
 
     @hookimpl
     def proxycore_backend_start(self, context: BackendContext) -> Started:
+        self.proxycore_backend_stop()
         self._kernel = self._open_kernel()
+        self._tables = {}
         self._host = context.host
+        self._base = self._kernel.generation()
         notes: list[str] = []
         for family in context.families:
             table = LiveTable(self._kernel, family, skeleton.shape_of(context.host, family))
@@ -88,7 +92,6 @@ class NftBackend:
             self._tables[family] = table
         for nft in {"ip", "ip6"} - {table.mirror.nft for table in self._tables.values()}:
             self._drop_family(nft)
-        self._base = self._require().generation() - sum(table.commits for table in self._tables.values())
         return Started(adopted="; ".join(notes) or None)
 
     def _drop_family(self, nft: str) -> None:
@@ -96,6 +99,7 @@ class NftBackend:
         kernel = self._require()
         for name in sorted(kernel.tables(nft) & set(layout.TABLES)):
             kernel.load(f"delete table {nft} {name}\n")
+            self._base += 1
 
     @hookimpl
     def proxycore_backend_stop(self) -> None:
@@ -110,7 +114,7 @@ class NftBackend:
 
     def _expected(self) -> int:
         """The ruleset's generation if nobody but us has changed it."""
-        return self._base + sum(table.commits for table in self._tables.values())
+        return self._base + self._own + sum(table.commits for table in self._tables.values())
 
     # -- changes --
 
@@ -119,49 +123,58 @@ class NftBackend:
         self._require()
         if batch.host is not None:
             self._host = batch.host.after
+        try:
+            return self._apply(batch)
+        except Refused as refused:
+            if not out_of_step(refused):
+                raise
+            # The kernel is not what we remember, so no Service is to blame: once more, everything.
+            for table in self._tables.values():
+                table.give_up(doubtful=True)
+            return self._apply(batch)
+
+    def _apply(self, batch: ChangeBatch) -> ApplyResult:
+        """One transaction for both families; then, where a table is new, one that gives it the hooks."""
+        kernel = self._require()
         host = self._host
         assert host is not None
-        by_family: dict[Family, dict[ServicePortName, ServiceState | None]] = {f: {} for f in self._tables}
+        transaction = Transaction()
         failed: list[Failure] = []
-        for change in batch.changes:
-            if change.name.family in by_family:
-                by_family[change.name.family][change.name] = change.after
-        operations = 0
-        for family, changes in by_family.items():
-            table = self._tables[family]
-            if not changes and batch.host is None and not batch.full and table.sound:
-                continue
-            try:
-                done, too_many = table.apply(changes, host=host, full=batch.full)
-            except Refused as refused:
-                return self._rejected(batch, table, refused)
-            operations += done
-            failed.extend(Failure(name=name, why=why) for name, why in too_many)
-        return ApplyResult(generation=batch.generation, failed=tuple(failed), operations=operations)
-
-    def _rejected(self, batch: ChangeBatch, table: LiveTable, refused: Refused) -> ApplyResult:
-        culprits: dict[ServicePortName, str] = {}
-        for refusal in refused.refusals:
-            run = table.last_runs[refusal.position] if refusal.position < len(table.last_runs) else None
-            owner = None
-            if run is not None:
-                owners = set(run.owners)
-                if refusal.offset is not None:
-                    owner = owner_at(run, refusal.offset)
-                elif len(owners) == 1:
-                    owner = owners.pop()
-            if owner is None:
-                return ApplyResult(generation=batch.generation, outcome="rejected", message=str(refused))
-            reason = refusal.text or errno.errorcode.get(refusal.errno, str(refusal.errno))
-            culprits.setdefault(
-                owner, f"nf_tables refused its elements of {run.table_set if run else '?'}: {reason}"
-            )
+        runs: list[Run | None] = []
+        try:
+            for family, table in self._tables.items():
+                changes = {c.name: c.after for c in batch.changes if c.name.family == family}
+                too_many = table.stage(transaction, changes, host=host, full=batch.full)
+                failed.extend(Failure(name=name, why=why) for name, why in too_many)
+            bodies, runs = transaction.messages()
+            if bodies:
+                kernel.commit(bodies)
+                self._own += 1
+        except Refused as refused:
+            if out_of_step(refused) and not batch.full:
+                raise
+            for table in self._tables.values():
+                table.give_up()
+            return rejected(batch, refused, runs)
+        except KernelError:
+            for table in self._tables.values():
+                table.give_up(doubtful=True)
+            raise
+        for table in self._tables.values():
+            table.accept()
+        self._switch()
         return ApplyResult(
-            generation=batch.generation,
-            outcome="rejected",
-            culprits=tuple(Failure(name=name, why=why) for name, why in culprits.items()),
-            message=str(refused),
+            generation=batch.generation, failed=tuple(failed), operations=transaction.operations
         )
+
+    def _switch(self) -> None:
+        text = "".join(table.switch_text() for table in self._tables.values())
+        if not text:
+            return
+        self._require().load(text)
+        self._own += 1
+        for table in self._tables.values():
+            table.switched()
 
     # -- offline --
 
@@ -221,3 +234,26 @@ class NftBackend:
         finally:
             kernel.close()
         return Cleanup(removed=tuple(removed))
+
+
+def rejected(batch: ChangeBatch, refused: Refused, runs: Sequence[Run | None]) -> ApplyResult:
+    """Name the Services whose elements the kernel refused; nobody, if one refusal is not about a Service's element."""
+    culprits: dict[ServicePortName, str] = {}
+    for refusal in refused.refusals:
+        run = runs[refusal.position] if refusal.position < len(runs) else None
+        owner = None
+        if run is not None:
+            if refusal.offset is not None:
+                owner = owner_at(run, refusal.offset)
+            elif len(set(run.owners)) == 1:
+                owner = run.owners[0]
+        if run is None or owner is None:
+            return ApplyResult(generation=batch.generation, outcome="rejected", message=str(refused))
+        reason = refusal.text or errno.errorcode.get(refusal.errno, str(refusal.errno))
+        culprits.setdefault(owner, f"nf_tables refused its elements of {run.table_set}: {reason}")
+    return ApplyResult(
+        generation=batch.generation,
+        outcome="rejected",
+        culprits=tuple(Failure(name=name, why=why) for name, why in culprits.items()),
+        message=str(refused),
+    )

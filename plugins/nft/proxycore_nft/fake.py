@@ -6,10 +6,10 @@ A batch works on a copy, so that a refused one leaves nothing.
 
 from __future__ import annotations
 
-import copy
 import errno
 import hashlib
 import re
+import struct
 from collections.abc import Callable, Sequence
 
 from proxycore.api import KernelError
@@ -18,6 +18,7 @@ from proxycore.kernel.netlink import attributes, parse_attributes, text_of
 from . import encode
 from .encode import Body
 from .kernel import Element, Refusal, Refused, parse_element
+from .skeleton import HOOKS, Hook
 
 
 class FakeSet:
@@ -27,12 +28,25 @@ class FakeSet:
         self.is_map = is_map
         self.elements: dict[tuple[bytes, bytes | None, int], Element] = {}
 
+    def copy(self) -> FakeSet:
+        made = FakeSet(self.is_map)
+        made.elements = dict(self.elements)
+        return made
+
 
 class FakeTable:
     def __init__(self) -> None:
         self.sets: dict[str, FakeSet] = {}
-        self.chains: dict[str, bool] = {}
+        self.chains: dict[str, Hook | None] = {}
         self.rules: dict[str, list[bytes]] = {}
+        self.dormant = False
+
+    def copy(self) -> FakeTable:
+        made = FakeTable()
+        made.sets = {name: item.copy() for name, item in self.sets.items()}
+        made.chains, made.dormant = dict(self.chains), self.dormant
+        made.rules = {chain: list(rules) for chain, rules in self.rules.items()}
+        return made
 
 
 class _Refuse(Exception):
@@ -51,6 +65,8 @@ class FakeKernel:
         """errno that the next commit fails with as a whole."""
         self.commits = 0
         self.messages = 0
+        self._changes = 0
+        """Of the batch under way: one that changes nothing makes no generation."""
 
     def close(self) -> None:
         """Nothing to give back."""
@@ -61,7 +77,10 @@ class FakeKernel:
     def tables(self, family: str) -> set[str]:
         return {name for of, name in self.state if of == family}
 
-    def chains(self, family: str, table: str) -> dict[str, bool]:
+    def dormant(self, family: str) -> set[str]:
+        return {name for (of, name), table in self.state.items() if of == family and table.dormant}
+
+    def chains(self, family: str, table: str) -> dict[str, Hook | None]:
         found = self.state.get((family, table))
         return dict(found.chains) if found else {}
 
@@ -93,7 +112,7 @@ class FakeKernel:
 
     def load(self, text: str) -> None:
         """Understands what skeleton.py writes: tables of sets, maps and chains, `add element`, `delete table`."""
-        state = copy.deepcopy(self.state)
+        state = {place: table.copy() for place, table in self.state.items()}
         for line in text.splitlines():
             match = re.fullmatch(r"delete table (\S+) (\S+)", line.strip())
             if match and state.pop((match[1], match[2]), None) is None:
@@ -102,8 +121,12 @@ class FakeKernel:
             table = state.setdefault((block[1], block[2]), FakeTable())
             self._load_table(table, block[3])
         for match in re.finditer(r"add element (\S+) (\S+) (\S+) \{(.*)\}", text):
-            if match[3] not in state[match[1], match[2]].sets:
+            into = state[match[1], match[2]].sets.get(match[3])
+            if into is None:
                 raise KernelError(f"nft refused: no set {match[3]}")
+            for key, chain in re.findall(r"0x(\w+) : (?:goto (\S+)|drop)", match[4].replace(",", " ")):
+                raw = struct.pack("=I", int(key, 16))
+                into.elements[raw, None, 0] = Element(raw, chain=chain)
         self.state = state
         self.number += 1
 
@@ -113,9 +136,10 @@ class FakeKernel:
             r"^\t(map|set|chain) (\S+) \{(.*?)\}$", body, re.DOTALL | re.MULTILINE
         ):
             if kind == "chain":
-                table.chains[name] = " hook " in inner
+                table.chains[name] = HOOKS[name][0] if " hook " in inner else None
                 lines = [line.strip() for line in re.split(r"[;\n]", inner)]
-                table.rules.setdefault(name, []).extend(line.encode() for line in lines if line)
+                rules = [line.encode() for line in lines if line and not line.startswith("type ")]
+                table.rules.setdefault(name, []).extend(rules)
             else:
                 table.sets.setdefault(name, FakeSet(kind == "map"))
 
@@ -127,8 +151,9 @@ class FakeKernel:
         if self.fail_next is not None:
             number, self.fail_next = self.fail_next, None
             raise KernelError("the transaction failed", errno=number)
-        state = copy.deepcopy(self.state)
+        state = {place: table.copy() for place, table in self.state.items()}
         refusals: list[Refusal] = []
+        self._changes = 0
         for position, body in enumerate(bodies):
             try:
                 self._apply(state, body)
@@ -136,8 +161,9 @@ class FakeKernel:
                 refusals.append(Refusal(position, *refused.refusal))
         if refusals:
             raise Refused(refusals)
+        if self._changes:
+            self.number += 1
         self.state = state
-        self.number += 1
         self.commits += 1
         self.messages += len(bodies)
 
@@ -150,9 +176,11 @@ class FakeKernel:
             name = text_of(found[3])
             if len(name) > 127:
                 raise _Refuse(errno.EINVAL, "chain name too long")
-            table.chains.setdefault(name, False)
+            table.chains.setdefault(name, None)
+            self._changes += 1
         elif body.kind == encode.NEWRULE:
             self._rule(table, text_of(found[2]), found[4])
+            self._changes += 1
         elif body.kind in (encode.NEWSETELEM, encode.DELSETELEM):
             self._elements(table, body, found)
         else:
@@ -179,6 +207,7 @@ class FakeKernel:
         if where is None:
             raise _Refuse(errno.ENOENT, "no such set")
         if 3 not in found:
+            self._changes += len(where.elements)
             where.elements.clear()
             return
         if len(found[3]) > encode.LIST_PAYLOAD_MAX:
@@ -190,6 +219,7 @@ class FakeKernel:
             if body.kind == encode.DELSETELEM:
                 if place not in where.elements:
                     raise _Refuse(errno.ENOENT, "no such element", offset)
+                self._changes += 1
                 del where.elements[place]
             else:
                 self._insert(table, name, where, place, item, offset)
@@ -212,4 +242,5 @@ class FakeKernel:
         there = where.elements.get(place)
         if there is not None and (there.data, there.chain) != (item.data, item.chain):
             raise _Refuse(errno.EEXIST, "element exists with other data", offset)
+        self._changes += there is None
         where.elements[place] = item

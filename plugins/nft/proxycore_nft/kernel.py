@@ -29,13 +29,17 @@ from proxycore.kernel.netlink import (
 
 from . import encode
 from .encode import Body
+from .skeleton import Hook
 
 SEND_BUFFER = 256 << 20
 """Upper limit for one batch; the kernel takes only what is sent at once.  300,000 endpoints need about 15 MB."""
 
 
 class Element(NamedTuple):
-    """One element as dumped.  `data` is None in a set; `chain` is set in a verdict map; times are in milliseconds."""
+    """One element as dumped.
+
+    `data` is None in a set.  `chain` is for verdict maps: the chain gone to, empty for a drop.  Times are in milliseconds.
+    """
 
     key: bytes
     data: bytes | None = None
@@ -76,8 +80,11 @@ class Kernel(Protocol):
     def tables(self, family: str) -> set[str]:
         """Names of all tables of a family."""
 
-    def chains(self, family: str, table: str) -> dict[str, bool]:
-        """Chains of a table: name -> has a hook."""
+    def dormant(self, family: str) -> set[str]:
+        """Names of the tables whose hooks are switched off."""
+
+    def chains(self, family: str, table: str) -> dict[str, Hook | None]:
+        """Chains of a table: name -> its hook, None for plain ones."""
 
     def rules(self, family: str, table: str) -> dict[str, str]:
         """Digest of each chain's rules, by chain: equal text, equal digest."""
@@ -121,10 +128,14 @@ class NetlinkKernel:
     def tables(self, family: str) -> set[str]:
         return {text_of(found[1]) for found in self._dump(encode.GETTABLE, family, b"")}
 
-    def chains(self, family: str, table: str) -> dict[str, bool]:
+    def dormant(self, family: str) -> set[str]:
+        found = self._dump(encode.GETTABLE, family, b"")
+        return {text_of(item[1]) for item in found if int.from_bytes(item.get(2, b""), "big") & 1}
+
+    def chains(self, family: str, table: str) -> dict[str, Hook | None]:
         # The kernel does not filter this dump by table.
         found = self._dump(encode.GETCHAIN, family, b"")
-        return {text_of(chain[3]): 4 in chain for chain in found if text_of(chain[1]) == table}
+        return {text_of(chain[3]): _hook(chain) for chain in found if text_of(chain[1]) == table}
 
     def rules(self, family: str, table: str) -> dict[str, str]:
         digests: dict[str, hashlib._Hash] = {}
@@ -224,6 +235,19 @@ class NetlinkKernel:
             raise KernelError("nf_tables did not acknowledge the transaction", errno=errno.ETIMEDOUT)
 
 
+def _hook(chain: dict[int, memoryview]) -> Hook | None:
+    """Of a base chain as dumped."""
+    if 4 not in chain:
+        return None
+    place = parse_attributes(chain[4])
+    return Hook(
+        type=text_of(chain[7]),
+        number=int.from_bytes(place[1], "big"),
+        priority=int.from_bytes(place[2], "big", signed=True),
+        policy=int.from_bytes(chain[5], "big"),
+    )
+
+
 _LIST = struct.Struct("=HH")
 
 
@@ -273,6 +297,16 @@ def _value(nest: memoryview) -> bytes | None:
     return None if found is None else bytes(found)
 
 
+_VERDICTS = {0: "", 1: "!accept", encode.VERDICT_JUMP: "!jump "}
+"""Only `goto` and `drop` are ours; the mark before others tells them from the name of a chain."""
+
+
+def _verdict(verdict: dict[int, memoryview]) -> str:
+    code = int.from_bytes(verdict[1], "big")
+    chain = text_of(verdict[2]) if 2 in verdict else ""
+    return chain if code == encode.VERDICT_GOTO else _VERDICTS.get(code, f"!verdict {code}") + chain
+
+
 def parse_element(item: memoryview) -> Element:
     found = parse_attributes(item)
     data = chain = None
@@ -281,8 +315,7 @@ def parse_element(item: memoryview) -> Element:
         if encode.DATA_VALUE in inner:
             data = bytes(inner[encode.DATA_VALUE])
         elif encode.DATA_VERDICT in inner:
-            verdict = parse_attributes(inner[encode.DATA_VERDICT])
-            chain = text_of(verdict[2]) if 2 in verdict else ""
+            chain = _verdict(parse_attributes(inner[encode.DATA_VERDICT]))
     end = found.get(encode.ELEM_KEY_END)
     return Element(
         key=_value(found[encode.ELEM_KEY]) or b"" if encode.ELEM_KEY in found else b"",

@@ -87,7 +87,8 @@ def element_text(family: str, name: str, item: Element) -> str:
     if item.comment:
         shown += f' comment "{item.comment}"'
     if item.chain is not None:
-        return f"{shown} : goto {item.chain}" if item.chain else f"{shown} : drop"
+        goes = item.chain.removeprefix("!") if item.chain.startswith("!") else f"goto {item.chain}"
+        return f"{shown} : {goes}" if item.chain else f"{shown} : drop"
     return shown if item.data is None else f"{shown} : {_join(item.data, data)}"
 
 

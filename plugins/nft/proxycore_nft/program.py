@@ -43,6 +43,9 @@ class Indexes:
         self.used.add(index)
         return index
 
+    def follow(self, earlier: Indexes) -> None:
+        self._next = earlier._next
+
     def keep(self, known: Iterable[int]) -> None:
         """What an earlier run gave out goes to nobody who does not claim it; replaces what was kept before."""
         self.kept = frozenset(index for index in known if self._first <= index <= self._last)
@@ -83,6 +86,11 @@ class Table:
 
     def indexes(self, sticky: bool) -> Indexes:
         return self.sticky if sticky else self.plain
+
+    def follow(self, earlier: Table) -> None:
+        """Give out indexes from where another mirror of the same Services has stopped."""
+        self.sticky.follow(earlier.sticky)
+        self.plain.follow(earlier.plain)
 
     def keep_indexes(self) -> None:
         """Give what an earlier run gave out to nobody but those who come again."""
@@ -458,13 +466,17 @@ class Stage:
 
     # -- what is shared --
 
-    def host(self, wanted: Mapping[str, tuple[bytes, ...]]) -> None:
-        """Bring the sets about the node to `wanted`: ready-made elements by set name."""
+    def host(self, wanted: Mapping[str, tuple[bytes, ...]], *, anew: bool = False) -> None:
+        """Bring the sets about the node to `wanted`: ready-made elements by set name.
+
+        `anew`: they have been flushed, whatever the mirror says.
+        """
         for name, elements in wanted.items():
-            if self.table.host[name] == elements:
-                continue
+            if not anew:
+                if self.table.host[name] == elements:
+                    continue
+                self.tx.flush(self.table.nft, self.table.name, name)
             self._host[name] = elements
-            self.tx.flush(self.table.nft, self.table.name, name)
             for item in elements:
                 self.tx.add(self.table.nft, self.table.name, name, item)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 from proxycore.api import Counters, Drift, KernelObject, ServicePortName
@@ -53,7 +53,7 @@ def service_rows(table: Table, name: ServicePortName, item: Entry) -> Iterator[R
             yield Row("allowed-sources", first, last, name)
     for address in item.cluster_ips:
         yield Row("cluster-ips", address, None, name)
-    for address in item.hairpin:
+    for address in sorted(item.hairpin):
         yield Row("hairpin", address + address, None, name)
     for slots, local in ((item.cluster, False), (item.local, True)):
         if slots is not None:
@@ -93,10 +93,33 @@ def value_of(item: Element) -> bytes | str | None:
     return item.chain if item.chain is not None else item.data
 
 
+def compare_verdicts(table: Table, kernel: Kernel) -> list[Drift]:
+    """How the verdict maps differ; they belong to the table itself.  Raises KernelError: a set cannot be read."""
+    rows = [
+        Row("refusals", classes.key(layout.REJECT), "reject-client", None),
+        Row("refusals", classes.key(layout.DROP), "", None),
+    ]
+    rows += [Row("classes", classes.key(number), item.chain, None) for item, number in table.classes.items()]
+    return _shorten(_compare(table, kernel, ("refusals", "classes"), rows))
+
+
 def compare(table: Table, kernel: Kernel) -> list[Drift]:
     """How the kernel's elements differ from the mirror.  Raises KernelError: a set cannot be read."""
-    wanted: dict[str, dict[bytes, Row]] = {name: {} for name in (*SERVICE_SETS, "classes")}
-    for row in table_rows(table):
+    rows = (row for name, item in table.entries.items() for row in service_rows(table, name, item))
+    drift = _compare(table, kernel, SERVICE_SETS, rows)
+    for name in HOST_SETS:
+        there = sorted((e.key, e.flags) for e in kernel.elements(table.nft, table.name, name))
+        want = sorted((e.key, e.flags) for e in map(native.element_from_bytes, table.host[name]))
+        if there != want:
+            drift.append(
+                Drift(service=None, what=f"{table.nft} {table.name} {name}: other elements than ours")
+            )
+    return _shorten(drift)
+
+
+def _compare(table: Table, kernel: Kernel, names: Sequence[str], expected: Iterable[Row]) -> list[Drift]:
+    wanted: dict[str, dict[bytes, Row]] = {name: {} for name in names}
+    for row in expected:
         wanted[row.set][identity(row.set, row.key, row.value)] = row
     drift: list[Drift] = []
     for name, rows in wanted.items():
@@ -111,14 +134,7 @@ def compare(table: Table, kernel: Kernel) -> list[Drift]:
             drift.append(_drift(table, "missing element", name, _as_element(row), row.owner))
         if len(drift) > DRIFT_SHOWN:
             break
-    for name in HOST_SETS:
-        there = sorted((e.key, e.flags) for e in kernel.elements(table.nft, table.name, name))
-        want = sorted((e.key, e.flags) for e in map(native.element_from_bytes, table.host[name]))
-        if there != want:
-            drift.append(
-                Drift(service=None, what=f"{table.nft} {table.name} {name}: other elements than ours")
-            )
-    return _shorten(drift)
+    return drift
 
 
 def identity(name: str, key: bytes, value: bytes | str | None) -> bytes:

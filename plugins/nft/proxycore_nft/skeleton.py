@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+from typing import NamedTuple
 
 import msgspec
 
@@ -39,16 +40,28 @@ SETS = (
     "allowed-sources",
     "hairpin",
 )
-HOOKS = (
-    "filter-prerouting-pre-dnat",
-    "filter-output-pre-dnat",
-    "nat-prerouting",
-    "nat-output",
-    "filter-input",
-    "filter-forward",
-    "filter-output",
-    "nat-postrouting",
-)
+
+
+class Hook(NamedTuple):
+    """Where a base chain stands; numbers are the kernel's (NF_INET_*, NF_ACCEPT)."""
+
+    type: str
+    number: int
+    priority: int
+    policy: int = 1
+
+
+HOOKS: dict[str, tuple[Hook, str]] = {
+    "filter-prerouting-pre-dnat": (Hook("filter", 0, -110), "hook prerouting priority dstnat - 10"),
+    "filter-output-pre-dnat": (Hook("filter", 3, -110), "hook output priority -110"),
+    "nat-prerouting": (Hook("nat", 0, -100), "hook prerouting priority dstnat"),
+    "nat-output": (Hook("nat", 3, -100), "hook output priority -100"),
+    "filter-input": (Hook("filter", 1, 0), "hook input priority filter"),
+    "filter-forward": (Hook("filter", 2, 0), "hook forward priority filter"),
+    "filter-output": (Hook("filter", 3, 0), "hook output priority filter"),
+    "nat-postrouting": (Hook("nat", 4, 100), "hook postrouting priority srcnat"),
+}
+"""Base chains, and what follows their type in text."""
 
 
 class Shape(msgspec.Struct, frozen=True, kw_only=True):
@@ -257,19 +270,22 @@ add element {f} {table} refusals {{ 0x{reject:08x} : goto reject-client, 0x{drop
 """
 
 
-def hook_text(shape: Shape, table: str) -> str:
-    """The base chains: once they are loaded, the table carries traffic."""
+def hook_text(shape: Shape, table: str, *, hooked: bool = True) -> str:
+    """The base chains: once they are loaded, the table carries traffic.  Not `hooked`: the same rules in plain chains."""
     f = layout.NFT_FAMILY[shape.family]
     untranslated = "ct state new ct status & dnat != dnat"
-    return f"""\
-table {f} {table} {{
-	chain filter-prerouting-pre-dnat {{ type filter hook prerouting priority dstnat - 10; ct state new goto source-ranges; }}
-	chain filter-output-pre-dnat {{ type filter hook output priority -110; ct state new goto source-ranges; }}
-	chain nat-prerouting {{ type nat hook prerouting priority dstnat; goto services; }}
-	chain nat-output {{ type nat hook output priority -100; goto services; }}
-	chain filter-input {{ type filter hook input priority filter; {untranslated} goto no-endpoints; }}
-	chain filter-forward {{ type filter hook forward priority filter; {untranslated} goto unserved; }}
-	chain filter-output {{ type filter hook output priority filter; {untranslated} goto unserved; }}
-	chain nat-postrouting {{ type nat hook postrouting priority srcnat; goto masquerading; }}
-}}
-"""
+    rules = {
+        "filter-prerouting-pre-dnat": "ct state new goto source-ranges",
+        "filter-output-pre-dnat": "ct state new goto source-ranges",
+        "nat-prerouting": "goto services",
+        "nat-output": "goto services",
+        "filter-input": f"{untranslated} goto no-endpoints",
+        "filter-forward": f"{untranslated} goto unserved",
+        "filter-output": f"{untranslated} goto unserved",
+        "nat-postrouting": "goto masquerading",
+    }
+    lines = [f"table {f} {table} {{\n"]
+    for name, (hook, where) in HOOKS.items():
+        head = f"type {hook.type} {where}; " if hooked else ""
+        lines.append(f"\tchain {name} {{ {head}{rules[name]}; }}\n")
+    return "".join(lines) + "}\n"

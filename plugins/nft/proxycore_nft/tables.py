@@ -27,9 +27,25 @@ from .host import host_elements
 from .kernel import Kernel, Refused
 from .program import Stage, Table
 from .skeleton import Shape
-from .transaction import Run, Transaction
+from .transaction import Transaction
 
 TooManyList = list[tuple[ServicePortName, str]]
+
+
+class Before(NamedTuple):
+    """What a rebuild replaces, to return to if it fails."""
+
+    mirror: Table
+    shape: Shape
+    replaces: str | None
+
+
+class Staged(NamedTuple):
+    """What a transaction holds for one table.  `host` is set where all elements are written anew."""
+
+    stage: Stage
+    host: Mapping[str, tuple[bytes, ...]] | None = None
+    before: Before | None = None
 
 
 class LiveTable:
@@ -43,8 +59,6 @@ class LiveTable:
         self.mirror = Table(family, layout.TABLES[0])
         self.commits = 0
         """Generations that we have caused."""
-        self.last_runs: list[Run | None] = []
-        """Whose elements stood in each message of the transaction that was refused last."""
         self.hooked = False
         """This table carries traffic; otherwise it does after the next batch."""
         self._replaces: str | None = None
@@ -53,8 +67,9 @@ class LiveTable:
         self._broken = False
         """Chains or rules differ: the next batch builds a new table."""
         self._rules: dict[str, str] = {}
-        self._chains: dict[str, bool] = {}
+        self._chains: dict[str, skeleton.Hook | None] = {}
         self._near: set[classes.Class] = set()
+        self._staged: Staged | None = None
 
     @property
     def sound(self) -> bool:
@@ -73,22 +88,44 @@ class LiveTable:
         if live is None:
             self._create(layout.TABLES[0])
             return None
-        fits = live.complete and live.digest == skeleton.digest(self.shape)
-        if fits:
-            self.mirror = Table(self.family, live.name)
-            try:
-                adopt.recall_classes(self.kernel, self.nft, live.name, self.mirror)
-                count = adopt.recall(self.kernel, self.nft, live.name, self.mirror)
-            except KernelError:
-                fits = False
-            else:
+        why = "of another version"
+        if live.digest == skeleton.digest(self.shape):
+            if live.complete and self._adopt(live.name):
                 self.hooked = True
                 self._remember_structure()
-                return f"table {self.nft} {live.name}, {count} frontends"
-        self._create(next(name for name in layout.TABLES if name != live.name))
+                return f"table {self.nft} {live.name}, {len(self.mirror.remembered)} frontends"
+            why = "changed by somebody else"
+        self._create(_other(live.name))
         count = adopt.recall(self.kernel, self.nft, live.name, self.mirror)
         self._replaces = live.name
-        return f"table {self.nft} {live.name} of another version, {count} frontends"
+        return f"table {self.nft} {live.name} {why}, {count} frontends"
+
+    def _adopt(self, name: str) -> bool:
+        """Take over a live table if its chains and rules are as we make them; False if not.
+
+        How the kernel shows a rule only it knows: so the same table is made beside it, compared and taken away.
+        """
+        self.mirror = Table(self.family, name)
+        beside = _other(name)
+        try:
+            adopt.recall_classes(self.kernel, self.nft, name, self.mirror)
+            adopt.recall(self.kernel, self.nft, name, self.mirror)
+            plain = skeleton.hook_text(self.shape, beside, hooked=False)
+            self._load(skeleton.table_text(self.shape, beside) + plain)
+            transaction = Transaction()
+            stage = Stage(Table(self.family, beside), transaction)
+            for item in self.mirror.classes:
+                stage.make_class(item)
+            self._commit(transaction)
+            kernel, nft = self.kernel, self.nft
+            same = kernel.rules(nft, beside) == kernel.rules(nft, name)
+            same = same and kernel.chains(nft, beside).keys() == kernel.chains(nft, name).keys()
+            same = same and not rows.compare_verdicts(self.mirror, kernel)
+            self._load(f"delete table {nft} {beside}\n")
+        except (KernelError, TooMany):
+            # Whatever it is that cannot be read or made: a new table does not need it.
+            return False
+        return same
 
     def _create(self, name: str) -> None:
         """An empty table without hooks, with the usual classes, and its mirror."""
@@ -110,66 +147,54 @@ class LiveTable:
         self.commits += 1
 
     def _commit(self, transaction: Transaction) -> None:
-        bodies, self.last_runs = transaction.messages()
+        bodies, _ = transaction.messages()
         if bodies:
             self.kernel.commit(bodies)
             self.commits += 1
-        self.last_runs = []
 
     def _remember_structure(self) -> None:
         self._chains = self.kernel.chains(self.nft, self.mirror.name)
         self._rules = self.kernel.rules(self.nft, self.mirror.name)
 
-    def _switch(self) -> None:
-        """Give this table the hooks, and take the old table away, in one transaction."""
-        text = skeleton.hook_text(self.shape, self.mirror.name)
-        old = self._replaces
-        if old is not None and old in self.kernel.tables(self.nft):
-            text += f"delete table {self.nft} {old}\n"
-        self._load(text)
-        self.hooked = True
-        self._replaces = None
-        self._remember_structure()
-
     # -- batches --
 
-    def apply(
-        self, changes: Mapping[ServicePortName, ServiceState | None], *, host: HostState, full: bool
-    ) -> tuple[int, TooManyList]:
-        """Bring changes and the host's facts into force; with `full`, nothing else than these changes' Services.
+    def stage(
+        self,
+        transaction: Transaction,
+        changes: Mapping[ServicePortName, ServiceState | None],
+        *,
+        host: HostState,
+        full: bool,
+    ) -> TooManyList:
+        """Write into the transaction what brings changes and the host's facts into force.
 
-        Returns the number of kernel operations, and the Services that do not fit with the reason.  Raises Refused: nothing
-        was changed, `last_runs` tells whose elements each message held.  Raises KernelError: unknown what holds; the next
-        call writes everything.
+        With `full`, nothing else than these changes' Services is in force afterwards.  Returns the Services that do not fit,
+        with the reason.  The mirror follows with accept(), or stays as it is with give_up().
+        Raises KernelError: a new table could not be made; nothing that sees packets was changed.
         """
         shape = skeleton.shape_of(host, self.family)
-        difference = Transaction()
-        stage = Stage(self.mirror, difference)
-        too_many = self._stage(stage, changes, full)
         elements = host_elements(host, self.family)
-        if self._broken or shape != self.shape:
+        # Where all is written anew, the difference is worked out only for the entries that it makes.
+        known = bool(self.mirror.entries)
+        whole = full or not self.sound or shape != self.shape
+        stage = Stage(self.mirror, Transaction() if whole and known else transaction)
+        too_many = self._put_all(stage, changes, full)
+        if not whole:
+            stage.host(elements)
             stage.finish()
-            self.shape = shape
-            return self._rebuild(stage, elements), too_many
-        if full or self._dirty or not self.hooked:
-            return self._rewrite(stage, elements), too_many
-        stage.host(elements)
-        stage.finish()
-        try:
-            self._commit(difference)
-        except Refused as refused:
-            if not _out_of_step(refused):
-                stage.roll_back()
-                raise
-            return self._rewrite(stage, elements), too_many
-        except KernelError:
-            stage.roll_back()
-            self._dirty = True
-            raise
-        self._accepted(stage)
-        return difference.operations, too_many
+            self._staged = Staged(stage)
+            return too_many
+        there = self.mirror.name in self.kernel.tables(self.nft)
+        if self._broken or shape != self.shape or not there:
+            if not known:
+                # What was staged so far went to the table that is to be replaced.
+                transaction.forget(self.nft, self.mirror.name)
+            self._stage_rebuild(transaction, stage, shape, elements)
+        else:
+            self._stage_rewrite(transaction, stage, elements)
+        return too_many
 
-    def _stage(
+    def _put_all(
         self, stage: Stage, changes: Mapping[ServicePortName, ServiceState | None], full: bool
     ) -> TooManyList:
         too_many: TooManyList = []
@@ -183,59 +208,27 @@ class LiveTable:
                 too_many.append((name, str(reason)))
         return too_many
 
-    def _accepted(self, stage: Stage, *, remember: bool = True) -> None:
-        stage.commit()
-        self.mirror.forget_earlier_run()
-        if stage.new_classes:
-            self._near |= classes.neighbours(stage.new_classes) - self.mirror.classes.keys()
-            if remember:
-                self._remember_structure()
-
-    def _rewrite(self, stage: Stage, elements: Mapping[str, tuple[bytes, ...]]) -> int:
-        """All elements anew in one transaction, clients' affinity excepted."""
-        if self.mirror.name not in self.kernel.tables(self.nft):
-            if not stage.finished:
-                stage.finish()
-            return self._rebuild(stage, elements)
-        if self.mirror.entries or stage.finished:
-            whole = Transaction()
-            whole.rules = stage.tx.rules
+    def _stage_rewrite(
+        self, transaction: Transaction, stage: Stage, elements: Mapping[str, tuple[bytes, ...]]
+    ) -> None:
+        """All elements anew, clients' affinity excepted."""
+        writer = stage
+        if stage.tx is not transaction:
+            transaction.rules += stage.tx.rules
             shadow = Table(self.family, self.mirror.name)
             shadow.classes = {**self.mirror.classes, **stage.new_classes}
             shadow.chains = self.mirror.chains | stage.new_chains
-            writer = Stage(shadow, whole)
-            self._restore(writer, stage)
-        else:
-            # Nothing was known before: what is staged is everything.
-            whole = stage.tx
-            writer = stage
-        for name in rows.SERVICE_SETS:
-            whole.flush(self.nft, self.mirror.name, name)
-        self.mirror.host = dict.fromkeys(self.mirror.host, ())
-        for name in elements:
-            if not elements[name]:
-                whole.flush(self.nft, self.mirror.name, name)
-        writer.host(elements)
+            writer = Stage(shadow, transaction)
+            for name, item in self._final(stage):
+                writer.restore(name, item)
+            stage.finish()
+        for name in (*rows.SERVICE_SETS, *elements):
+            transaction.flush(self.nft, self.mirror.name, name)
+        writer.host(elements, anew=True)
         writer.finish()
         if self._replaces is not None:
-            self._carry_affinity(whole, self._replaces)
-        try:
-            self._commit(whole)
-        except KernelError:
-            stage.roll_back()
-            self._dirty = True
-            raise
-        switched = not self.hooked
-        if switched:
-            self._switch()
-        self._accepted(stage, remember=not switched)
-        self.mirror.host.update(elements)
-        self._dirty = False
-        return whole.operations
-
-    def _restore(self, writer: Stage, stage: Stage) -> None:
-        for name, item in self._final(stage):
-            writer.restore(name, item)
+            self._carry_affinity(transaction, self._replaces)
+        self._staged = Staged(stage, host=elements)
 
     def _final(self, stage: Stage) -> Iterable[tuple[ServicePortName, Entry]]:
         """Every entry as it will be after the staged batch."""
@@ -243,30 +236,86 @@ class LiveTable:
             if item is not None:
                 yield name, item
 
-    def _rebuild(self, stage: Stage, elements: Mapping[str, tuple[bytes, ...]]) -> int:
-        """A new table beside this one, filled, then switched to."""
-        old, old_mirror = self.mirror.name, self.mirror
+    def _stage_rebuild(
+        self,
+        transaction: Transaction,
+        stage: Stage,
+        shape: Shape,
+        elements: Mapping[str, tuple[bytes, ...]],
+    ) -> None:
+        """A new table beside this one, filled by the transaction; it gets the hooks once that holds."""
         entries = dict(self._final(stage))
         stage.roll_back()
+        before = Before(self.mirror, self.shape, self._replaces)
+        old = before.mirror.name if self.hooked else self._replaces
+        self.shape = shape
         try:
-            self._create(next(name for name in layout.TABLES if name != old))
-            transaction = Transaction()
-            writer = Stage(self.mirror, transaction)
-            for name, item in entries.items():
-                writer.restore(name, item)
-            writer.host(elements)
-            writer.finish()
-            self._carry_affinity(transaction, old)
-            self._commit(transaction)
-            self._replaces = old
-            self._switch()
+            self._create(next(name for name in layout.TABLES if name != (old or layout.TABLES[1])))
         except KernelError:
-            self.mirror, self._broken, self.hooked = old_mirror, True, True
+            self._return_to(before)
             raise
-        writer.commit()
-        self._near |= classes.neighbours(writer.new_classes) - self.mirror.classes.keys()
-        self._dirty = self._broken = False
-        return transaction.operations
+        writer = Stage(self.mirror, transaction)
+        for name, item in entries.items():
+            writer.restore(name, item)
+        writer.host(elements)
+        writer.finish()
+        self._replaces = old
+        if old is not None:
+            self._carry_affinity(transaction, old)
+        self._staged = Staged(writer, before=before)
+
+    def _return_to(self, before: Before) -> None:
+        """The new table did not come to be: the old one is still what carries traffic."""
+        self.mirror, self.shape, self._replaces = before.mirror, before.shape, before.replaces
+        self.hooked = self._broken = True
+
+    def accept(self) -> None:
+        """The kernel has taken the transaction: the mirror follows."""
+        staged = self._take_staged()
+        if staged is None:
+            return
+        staged.stage.commit()
+        self.mirror.forget_earlier_run()
+        if staged.host is not None:
+            self.mirror.host.update(staged.host)
+        if staged.stage.new_classes:
+            self._near |= classes.neighbours(staged.stage.new_classes) - self.mirror.classes.keys()
+            if self.hooked:
+                self._remember_structure()
+        if staged.host is not None or staged.before is not None:
+            self._dirty = self._broken = False
+
+    def give_up(self, *, doubtful: bool = False) -> None:
+        """The kernel has refused the transaction: mirror and kernel are as before.
+
+        `doubtful`: they may not be, so the next batch writes everything.
+        """
+        staged = self._take_staged()
+        if staged is not None:
+            staged.stage.roll_back()
+            if staged.before is not None:
+                self._return_to(staged.before)
+        self._dirty = self._dirty or doubtful
+
+    def _take_staged(self) -> Staged | None:
+        staged, self._staged = self._staged, None
+        return staged
+
+    def switch_text(self) -> str:
+        """Text that gives this table the hooks and takes the old table away; empty if it has them."""
+        if self.hooked:
+            return ""
+        text = skeleton.hook_text(self.shape, self.mirror.name)
+        if self._replaces is not None and self._replaces in self.kernel.tables(self.nft):
+            text += f"delete table {self.nft} {self._replaces}\n"
+        return text
+
+    def switched(self) -> None:
+        """The switch text is in force."""
+        if not self.hooked:
+            self.hooked = True
+            self._replaces = None
+            self._remember_structure()
 
     def _carry_affinity(self, transaction: Transaction, old: str) -> None:
         for item in adopt.affinity(self.kernel, self.nft, old):
@@ -291,7 +340,7 @@ class LiveTable:
             # They are made when they are needed.
             return
         stage.commit()
-        self._remember_structure()
+        self._remember_classes(stage)
 
     def verify(self) -> list[Drift]:
         """Compare everything with the kernel; what is found decides how the next batch is written."""
@@ -302,18 +351,21 @@ class LiveTable:
             self._broken = True
             return [Drift(service=None, what=f"{where} is gone")]
         drift: list[Drift] = []
+        if self.mirror.name in self.kernel.dormant(self.nft):
+            drift.append(Drift(service=None, what=f"{where} was made dormant"))
         chains = self.kernel.chains(self.nft, self.mirror.name)
         rules = self.kernel.rules(self.nft, self.mirror.name)
         for chain in sorted({*chains, *self._chains}):
             if chains.get(chain) != self._chains.get(chain):
                 drift.append(
-                    Drift(service=None, what=f"{where}: chain {chain} was added, removed or unhooked")
+                    Drift(service=None, what=f"{where}: chain {chain} was added, removed or hooked otherwise")
                 )
             elif rules.get(chain) != self._rules.get(chain):
                 drift.append(Drift(service=None, what=f"{where}: the rules of chain {chain} were changed"))
-        if drift:
-            self._broken = True
         try:
+            drift += rows.compare_verdicts(self.mirror, self.kernel)
+            if drift:
+                self._broken = True
             elements = rows.compare(self.mirror, self.kernel)
         except KernelError as error:
             if error.errno != errno.ENOENT:
@@ -344,6 +396,11 @@ class LiveTable:
         return [rows.counters(self.nft, name, item, packets) for name, item in self.mirror.entries.items()]
 
 
-def _out_of_step(refused: Refused) -> bool:
+def _other(name: str) -> str:
+    """The table that takes turns with this one."""
+    return next(other for other in layout.TABLES if other != name)
+
+
+def out_of_step(refused: Refused) -> bool:
     """Is the kernel not what the mirror says?  Then a complete rewrite helps, and no Service is to blame."""
     return all(r.errno in (errno.ENOENT, errno.EEXIST) for r in refused.refusals)

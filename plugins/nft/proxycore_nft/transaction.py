@@ -67,6 +67,12 @@ class Transaction:
         """Take out every element; comes before all else that concerns elements."""
         self.flushed.append((family, table, name))
 
+    def forget(self, family: str, table: str) -> None:
+        """Leave out every change to the elements of one table."""
+        for group in (self._deleted, self._added):
+            for place in [p for p in group if p[:2] == (family, table)]:
+                del group[place]
+
     @staticmethod
     def _put(
         where: dict[tuple[str, str, str], Elements],
