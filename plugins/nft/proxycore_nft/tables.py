@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Iterable, Mapping, Sequence
+from typing import NamedTuple
 
 from proxycore.api import (
     Counters,
@@ -70,6 +71,7 @@ class LiveTable:
         self._chains: dict[str, skeleton.Hook | None] = {}
         self._near: set[classes.Class] = set()
         self._staged: Staged | None = None
+        self._facts: tuple[HostState, Shape, Mapping[str, tuple[bytes, ...]]] | None = None
 
     @property
     def sound(self) -> bool:
@@ -156,6 +158,16 @@ class LiveTable:
         self._chains = self.kernel.chains(self.nft, self.mirror.name)
         self._rules = self.kernel.rules(self.nft, self.mirror.name)
 
+    def _remember_classes(self, stage: Stage) -> None:
+        """Expect the chains of new classes too; the others as before, so that a foreign change to them is still seen."""
+        chains = self.kernel.chains(self.nft, self.mirror.name)
+        rules = self.kernel.rules(self.nft, self.mirror.name)
+        names = stage.new_chains | {item.chain for item in stage.new_classes}
+        for name in names - self._chains.keys():
+            self._chains[name] = chains.get(name)
+            if name in rules:
+                self._rules[name] = rules[name]
+
     # -- batches --
 
     def stage(
@@ -172,8 +184,7 @@ class LiveTable:
         with the reason.  The mirror follows with accept(), or stays as it is with give_up().
         Raises KernelError: a new table could not be made; nothing that sees packets was changed.
         """
-        shape = skeleton.shape_of(host, self.family)
-        elements = host_elements(host, self.family)
+        shape, elements = self._facts_of(host)
         # Where all is written anew, the difference is worked out only for the entries that it makes.
         known = bool(self.mirror.entries)
         whole = full or not self.sound or shape != self.shape
@@ -193,6 +204,12 @@ class LiveTable:
         else:
             self._stage_rewrite(transaction, stage, elements)
         return too_many
+
+    def _facts_of(self, host: HostState) -> tuple[Shape, Mapping[str, tuple[bytes, ...]]]:
+        """Shape and elements that the node's facts ask for; worked out once as long as these do not change."""
+        if self._facts is None or self._facts[0] is not host:
+            self._facts = (host, skeleton.shape_of(host, self.family), host_elements(host, self.family))
+        return self._facts[1:]
 
     def _put_all(
         self, stage: Stage, changes: Mapping[ServicePortName, ServiceState | None], full: bool
@@ -222,8 +239,8 @@ class LiveTable:
             for name, item in self._final(stage):
                 writer.restore(name, item)
             stage.finish()
-        for name in (*rows.SERVICE_SETS, *elements):
-            transaction.flush(self.nft, self.mirror.name, name)
+        for where in (*rows.SERVICE_SETS, *elements):
+            transaction.flush(self.nft, self.mirror.name, where)
         writer.host(elements, anew=True)
         writer.finish()
         if self._replaces is not None:
@@ -254,6 +271,7 @@ class LiveTable:
         except KernelError:
             self._return_to(before)
             raise
+        self.mirror.follow(before.mirror)
         writer = Stage(self.mirror, transaction)
         for name, item in entries.items():
             writer.restore(name, item)
@@ -281,7 +299,7 @@ class LiveTable:
         if staged.stage.new_classes:
             self._near |= classes.neighbours(staged.stage.new_classes) - self.mirror.classes.keys()
             if self.hooked:
-                self._remember_structure()
+                self._remember_classes(staged.stage)
         if staged.host is not None or staged.before is not None:
             self._dirty = self._broken = False
 
