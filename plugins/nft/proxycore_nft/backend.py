@@ -57,6 +57,8 @@ class NftBackend:
         self._own = 0
         """Generations that batches have caused; those that tables caused by themselves they count."""
         self._verify_after = 0.0
+        self._runs: list[Run | None] = []
+        """Whose elements stood in each message of the transaction that was refused last."""
 
     # -- facts --
 
@@ -123,43 +125,47 @@ class NftBackend:
         self._require()
         if batch.host is not None:
             self._host = batch.host.after
-        try:
-            return self._apply(batch)
-        except Refused as refused:
-            if not out_of_step(refused):
+        for attempt in range(3):
+            try:
+                return self._apply(batch)
+            except Refused as refused:
+                # The kernel may not be what we remember; then no Service is to blame, and writing everything helps.
+                # What is missing even then is a set or a chain: that takes a new table.
+                whole = batch.full or attempt > 0
+                gone = all(refusal.errno == errno.ENOENT for refusal in refused.refusals)
+                if attempt == 2 or not out_of_step(refused) or (whole and not gone):
+                    self._give_up()
+                    return rejected(batch, refused, self._runs)
+                self._give_up(doubtful=True, broken=whole)
+            except KernelError:
+                self._give_up(doubtful=True)
                 raise
-            # The kernel is not what we remember, so no Service is to blame: once more, everything.
-            for table in self._tables.values():
-                table.give_up(doubtful=True)
-            return self._apply(batch)
+        raise AssertionError("unreachable")
+
+    def _give_up(self, *, doubtful: bool = False, broken: bool = False) -> None:
+        for table in self._tables.values():
+            table.give_up(doubtful=doubtful, broken=broken)
 
     def _apply(self, batch: ChangeBatch) -> ApplyResult:
-        """One transaction for both families; then, where a table is new, one that gives it the hooks."""
+        """One transaction for both families; then, where a table is new, one that gives it the hooks.
+
+        Raises Refused, KernelError: what was staged has to be given up.
+        """
         kernel = self._require()
         host = self._host
         assert host is not None
         transaction = Transaction()
         failed: list[Failure] = []
-        runs: list[Run | None] = []
-        try:
-            for family, table in self._tables.items():
-                changes = {c.name: c.after for c in batch.changes if c.name.family == family}
-                too_many = table.stage(transaction, changes, host=host, full=batch.full)
-                failed.extend(Failure(name=name, why=why) for name, why in too_many)
-            bodies, runs = transaction.messages()
-            if bodies:
-                kernel.commit(bodies)
-                self._own += 1
-        except Refused as refused:
-            if out_of_step(refused) and not batch.full:
-                raise
-            for table in self._tables.values():
-                table.give_up()
-            return rejected(batch, refused, runs)
-        except KernelError:
-            for table in self._tables.values():
-                table.give_up(doubtful=True)
-            raise
+        self._runs = []
+        for family, table in self._tables.items():
+            changes = {c.name: c.after for c in batch.changes if c.name.family == family}
+            too_many = table.stage(transaction, changes, host=host, full=batch.full)
+            failed.extend(Failure(name=name, why=why) for name, why in too_many)
+        bodies, self._runs = transaction.messages()
+        if bodies:
+            kernel.commit(bodies)
+            self._own += 1
+        self._runs = []
         for table in self._tables.values():
             table.accept()
         self._switch()
@@ -240,7 +246,8 @@ def rejected(batch: ChangeBatch, refused: Refused, runs: Sequence[Run | None]) -
     """Name the Services whose elements the kernel refused; nobody, if one refusal is not about a Service's element."""
     culprits: dict[ServicePortName, str] = {}
     for refusal in refused.refusals:
-        run = runs[refusal.position] if refusal.position < len(runs) else None
+        # A fault of the transaction as a whole comes with the number of its first or last mark.
+        run = runs[refusal.position] if 0 <= refusal.position < len(runs) else None
         owner = None
         if run is not None:
             if refusal.offset is not None:

@@ -80,6 +80,10 @@ class FakeKernel:
     def dormant(self, family: str) -> set[str]:
         return {name for (of, name), table in self.state.items() if of == family and table.dormant}
 
+    def sets(self, family: str, table: str) -> set[str]:
+        found = self.state.get((family, table))
+        return set(found.sets) if found else set()
+
     def chains(self, family: str, table: str) -> dict[str, Hook | None]:
         found = self.state.get((family, table))
         return dict(found.chains) if found else {}

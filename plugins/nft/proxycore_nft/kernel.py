@@ -83,6 +83,9 @@ class Kernel(Protocol):
     def dormant(self, family: str) -> set[str]:
         """Names of the tables whose hooks are switched off."""
 
+    def sets(self, family: str, table: str) -> set[str]:
+        """Names of a table's sets and maps, those without a name excepted."""
+
     def chains(self, family: str, table: str) -> dict[str, Hook | None]:
         """Chains of a table: name -> its hook, None for plain ones."""
 
@@ -131,6 +134,11 @@ class NetlinkKernel:
     def dormant(self, family: str) -> set[str]:
         found = self._dump(encode.GETTABLE, family, b"")
         return {text_of(item[1]) for item in found if int.from_bytes(item.get(2, b""), "big") & 1}
+
+    def sets(self, family: str, table: str) -> set[str]:
+        found = self._dump(encode.GETSET, family, encode.text(1, table))
+        names = {text_of(item[2]) for item in found if text_of(item[1]) == table}
+        return {name for name in names if not name.startswith("__")}
 
     def chains(self, family: str, table: str) -> dict[str, Hook | None]:
         # The kernel does not filter this dump by table.

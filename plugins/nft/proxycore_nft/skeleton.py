@@ -21,25 +21,15 @@ DIGEST_PREFIX = "skeleton-"
 AFFINITY_SIZE = 262144
 """Clients remembered per family; further ones are balanced anew with each connection."""
 
-DATA_MAPS = (
-    "frontends",
-    "node-ports",
-    "pools",
-    "endpoints",
-    "slots",
-    "sticky-endpoints",
-    "local-sticky-endpoints",
+SET_NAMES = frozenset(
+    {
+        *("frontends", "node-ports", "pools", "classes", "endpoints"),
+        *("slots", "sticky-endpoints", "local-sticky-endpoints", "affinity", "refusals"),
+        *("cluster-ips", "node-addresses", "local-pods", "service-cidrs"),
+        *("firewalled", "allowed-sources", "hairpin"),
+    }
 )
-"""Maps whose elements stand for Services."""
-SETS = (
-    "cluster-ips",
-    "node-addresses",
-    "local-pods",
-    "service-cidrs",
-    "firewalled",
-    "allowed-sources",
-    "hairpin",
-)
+"""All sets and maps of a table."""
 
 
 class Hook(NamedTuple):

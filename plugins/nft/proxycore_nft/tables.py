@@ -31,6 +31,7 @@ from .skeleton import Shape
 from .transaction import Transaction
 
 TooManyList = list[tuple[ServicePortName, str]]
+_ABSENT = object()
 
 
 class Before(NamedTuple):
@@ -39,6 +40,7 @@ class Before(NamedTuple):
     mirror: Table
     shape: Shape
     replaces: str | None
+    hooked: bool
 
 
 class Staged(NamedTuple):
@@ -121,6 +123,7 @@ class LiveTable:
             self._commit(transaction)
             kernel, nft = self.kernel, self.nft
             same = kernel.rules(nft, beside) == kernel.rules(nft, name)
+            same = same and kernel.sets(nft, beside) == kernel.sets(nft, name)
             same = same and kernel.chains(nft, beside).keys() == kernel.chains(nft, name).keys()
             same = same and not rows.compare_verdicts(self.mirror, kernel)
             self._load(f"delete table {nft} {beside}\n")
@@ -188,18 +191,16 @@ class LiveTable:
         # Where all is written anew, the difference is worked out only for the entries that it makes.
         known = bool(self.mirror.entries)
         whole = full or not self.sound or shape != self.shape
-        stage = Stage(self.mirror, Transaction() if whole and known else transaction)
+        there = not whole or self.mirror.name in self.kernel.tables(self.nft)
+        rebuild = self._broken or shape != self.shape or not there
+        stage = Stage(self.mirror, Transaction() if rebuild or (whole and known) else transaction)
         too_many = self._put_all(stage, changes, full)
         if not whole:
             stage.host(elements)
             stage.finish()
             self._staged = Staged(stage)
             return too_many
-        there = self.mirror.name in self.kernel.tables(self.nft)
-        if self._broken or shape != self.shape or not there:
-            if not known:
-                # What was staged so far went to the table that is to be replaced.
-                transaction.forget(self.nft, self.mirror.name)
+        if rebuild:
             self._stage_rebuild(transaction, stage, shape, elements)
         else:
             self._stage_rewrite(transaction, stage, elements)
@@ -263,7 +264,7 @@ class LiveTable:
         """A new table beside this one, filled by the transaction; it gets the hooks once that holds."""
         entries = dict(self._final(stage))
         stage.roll_back()
-        before = Before(self.mirror, self.shape, self._replaces)
+        before = Before(self.mirror, self.shape, self._replaces, self.hooked)
         old = before.mirror.name if self.hooked else self._replaces
         self.shape = shape
         try:
@@ -284,8 +285,8 @@ class LiveTable:
 
     def _return_to(self, before: Before) -> None:
         """The new table did not come to be: the old one is still what carries traffic."""
-        self.mirror, self.shape, self._replaces = before.mirror, before.shape, before.replaces
-        self.hooked = self._broken = True
+        self.mirror, self.shape, self._replaces, self.hooked = before
+        self._broken = True
 
     def accept(self) -> None:
         """The kernel has taken the transaction: the mirror follows."""
@@ -303,10 +304,11 @@ class LiveTable:
         if staged.host is not None or staged.before is not None:
             self._dirty = self._broken = False
 
-    def give_up(self, *, doubtful: bool = False) -> None:
+    def give_up(self, *, doubtful: bool = False, broken: bool = False) -> None:
         """The kernel has refused the transaction: mirror and kernel are as before.
 
-        `doubtful`: they may not be, so the next batch writes everything.
+        `doubtful`: they may not be, so the next batch writes everything.  `broken`: not even that goes in, so the next batch
+        makes a new table.
         """
         staged = self._take_staged()
         if staged is not None:
@@ -314,6 +316,7 @@ class LiveTable:
             if staged.before is not None:
                 self._return_to(staged.before)
         self._dirty = self._dirty or doubtful
+        self._broken = self._broken or broken
 
     def _take_staged(self) -> Staged | None:
         staged, self._staged = self._staged, None
@@ -368,13 +371,17 @@ class LiveTable:
         if self.mirror.name not in self.kernel.tables(self.nft):
             self._broken = True
             return [Drift(service=None, what=f"{where} is gone")]
+        missing = skeleton.SET_NAMES - self.kernel.sets(self.nft, self.mirror.name)
+        if missing:
+            self._broken = True
+            return [Drift(service=None, what=f"{where}: set {name} is gone") for name in sorted(missing)]
         drift: list[Drift] = []
         if self.mirror.name in self.kernel.dormant(self.nft):
             drift.append(Drift(service=None, what=f"{where} was made dormant"))
         chains = self.kernel.chains(self.nft, self.mirror.name)
         rules = self.kernel.rules(self.nft, self.mirror.name)
         for chain in sorted({*chains, *self._chains}):
-            if chains.get(chain) != self._chains.get(chain):
+            if chains.get(chain, _ABSENT) != self._chains.get(chain, _ABSENT):
                 drift.append(
                     Drift(service=None, what=f"{where}: chain {chain} was added, removed or hooked otherwise")
                 )

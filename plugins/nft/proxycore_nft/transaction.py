@@ -67,12 +67,6 @@ class Transaction:
         """Take out every element; comes before all else that concerns elements."""
         self.flushed.append((family, table, name))
 
-    def forget(self, family: str, table: str) -> None:
-        """Leave out every change to the elements of one table."""
-        for group in (self._deleted, self._added):
-            for place in [p for p in group if p[:2] == (family, table)]:
-                del group[place]
-
     @staticmethod
     def _put(
         where: dict[tuple[str, str, str], Elements],
@@ -102,6 +96,10 @@ class Transaction:
     def messages(self) -> tuple[list[Body], list[Run | None]]:
         """The batch's messages in order, and for each the elements that it carries."""
         bodies: list[Body] = list(self.rules)
+        if self.flushed and not bodies:
+            # To flush what is empty changes nothing, and the kernel counts no generation then; for this it always does.
+            family, table, _ = self.flushed[0]
+            bodies.append(encode.new_chain(family, table, "services"))
         runs: list[Run | None] = [None] * len(bodies)
         for family, table, name in self.flushed:
             bodies.append(Body(encode.DELSETELEM, 0, family, encode.set_head(table, name)))
