@@ -96,7 +96,7 @@ def test_every_chain_set_and_map_that_is_named_is_there(shape):
     assert set(re.findall(r"\b(?:goto|jump) ([\w-]+)", text)) <= table.chains.keys()
     assert [name for name in table.chains if table.chains[name]] == list(skeleton.HOOKS)
     # A set that nothing reads, or that cannot be shown to people, is a mistake.
-    assert table.sets.keys() == set(_FIELDS["ip"])
+    assert table.sets.keys() == set(_FIELDS["ip"]) == skeleton.SET_NAMES
     assert (
         set(SERVICE_SETS)
         | {"refusals", "classes", "affinity"}
