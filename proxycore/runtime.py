@@ -10,8 +10,6 @@ from collections.abc import Callable, Sequence
 from .backend import BackendContext, Capability
 from .cell import BackendCell
 from .changes import ChangeBatch
-from .cli.options import RunOptions
-from .cli.signals import stopping
 from .config.model import Config
 from .dispatch import BackendReply, BackendRunner, ObserverRunner
 from .engine import Engine, EngineSettings
@@ -23,7 +21,9 @@ from .kernel.families import usable_families
 from .logs import Log, get
 from .model import HostState, Protocol
 from .objects import Node, ServiceCIDR
+from .options import RunOptions
 from .plugins import load_backend, load_observers, load_source
+from .signals import stopping
 from .source import Source, SourceContext
 
 BUILT_IN_OBSERVERS = ("conntrack", "health-check-ports")

@@ -115,7 +115,7 @@ TraceHooks = Annotated[bool, typer.Option("--trace-hooks", help="Print each call
 
 def _flags(set_: list[str] | None, **fields: str | None) -> dict[str, str]:
     """Flags by field path; a flag of its own beats `--set`."""
-    from .options import assignments
+    from ..options import assignments
 
     named = {field.replace("__", "."): value for field, value in fields.items() if value is not None}
     return {**assignments(set_ or []), **named}
@@ -179,8 +179,8 @@ def run(
     """
     import os
 
+    from ..options import resolve
     from .live import run_until_stopped
-    from .options import resolve
 
     flags = _flags(
         set_,
@@ -234,8 +234,8 @@ def render(
     """
     import os
 
+    from ..options import resolve
     from .lists import show_rendered
-    from .options import resolve
 
     flags = _flags(set_, backend=backend, source=_one_source(manifests, source), hostnameOverride=node_name)
     show_rendered(resolve(config or [], flags, os.environ, trace_hooks=trace_hooks))
@@ -265,8 +265,8 @@ def plan(
     """
     import os
 
+    from ..options import resolve
     from .lists import show_plan
-    from .options import resolve
 
     flags = _flags(set_, backend=backend, source=_one_source(manifests, source), hostnameOverride=node_name)
     options = resolve(config or [], flags, os.environ, trace_hooks=trace_hooks)
@@ -296,8 +296,8 @@ def record(
     """
     import os
 
+    from ..options import resolve
     from .live import record_events
-    from .options import resolve
 
     flags = _flags(set_, source=source, hostnameOverride=node_name)
     record_events(resolve(config or [], flags, os.environ), file, for_)
@@ -327,8 +327,8 @@ def cleanup(
     """
     import os
 
+    from ..options import resolve
     from .lists import clean_up
-    from .options import resolve
 
     options = resolve(config or [], _flags(set_), os.environ, trace_hooks=trace_hooks)
     clean_up(options, backend, output)

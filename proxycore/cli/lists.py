@@ -14,10 +14,10 @@ from ..host import InterfaceAddress
 from ..kernel.families import usable_families
 from ..model import HostState
 from ..offline import Offline, context_of, families_for, load_states
+from ..options import RunOptions
 from ..plugins import Listed, list_plugins, load_backend, load_source
 from ..source import SourceContext
 from .exits import Exit, printable, say
-from .options import RunOptions
 from .output import Column, Format, Row, emit, show
 
 BACKEND_COLUMNS = (

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from .. import logs
+from ..options import RunOptions
 from .exits import say
-from .options import RunOptions
 
 
 def run_until_stopped(options: RunOptions) -> int:
@@ -29,8 +29,8 @@ def record_events(options: RunOptions, file: str, seconds: float | None) -> None
 
     from ..plugins import load_source
     from ..record import STDOUT, record
+    from ..signals import stopping
     from ..source import SourceContext
-    from .signals import stopping
 
     source = load_source(options.source_name).open(
         SourceContext(argument=options.source_argument, node_name=options.node_name, pace=options.pace)

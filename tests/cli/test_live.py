@@ -57,7 +57,7 @@ def test_run_programs_and_leaves_it_when_a_signal_ends_it(
 
 STUBBORN = """
 import signal, sys
-from proxycore.cli.signals import stopping
+from proxycore.signals import stopping
 with stopping(lambda: print("stopping", flush=True)):
     print("ready", flush=True)
     while True:
@@ -79,7 +79,7 @@ def test_the_second_signal_ends_the_process_at_once() -> None:
 
 
 def test_handlers_come_back() -> None:
-    from proxycore.cli.signals import stopping
+    from proxycore.signals import stopping
 
     before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
     with stopping(lambda: None):

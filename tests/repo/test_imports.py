@@ -24,8 +24,10 @@ EDGES = frozenset(
         "proxycore.kernel",
         "proxycore.observers",
         "proxycore.offline",
+        "proxycore.options",
         "proxycore.record",
         "proxycore.runtime",
+        "proxycore.signals",
         "proxycore.sources",
         "proxycore.testing",
     }

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import msgspec
 
-from ..config import Loaded, load
-from ..config.model import Takeover
-from ..errors import ConfigError
-from ..logs import Format as LogFormat
+from .config import Loaded, load
+from .config.model import Takeover
+from .errors import ConfigError
+from .logs import Format as LogFormat
 
 
 class RunOptions(msgspec.Struct, frozen=True, kw_only=True):
