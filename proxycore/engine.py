@@ -113,7 +113,9 @@ class Engine:
         self._inbox: SimpleQueue[_Item] = SimpleQueue()
         self.sink = InboxSink(self._inbox)
         self._info = backend_info
-        self._desired = Desired(settings.node_name, reserved_ports=settings.reserved_ports)
+        self._desired = Desired(
+            settings.node_name, reserved_ports=settings.reserved_ports, started=time.time()
+        )
         self._ledger = Ledger()
         self._host: HostState | None = None
         self._host_inputs: tuple[Node | None, tuple[ServiceCIDR, ...]] = (None, ())
@@ -257,7 +259,12 @@ class Engine:
         self._desired.handle((), host, arrived=time.time())
 
     def _collect(self) -> None:
-        """Bring what changed in the desired state into the ledger."""
+        """Bring what changed in the desired state into the ledger.
+
+        Not before all is known: of a Service whose slices are still to come nothing is worth resolving.
+        """
+        if not self._synced:
+            return
         began = self._desired.oldest_trigger_time
         changed = self._desired.take()
         if changed:

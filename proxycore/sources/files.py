@@ -15,14 +15,14 @@ import select
 import stat
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from ..errors import ProxyError, SourceError
 from ..hookspecs import hookimpl
-from ..source import Event, Health, Sink, Source, SourceContext, Synced, Trouble
+from ..source import Health, Sink, Source, SourceContext, Synced, Trouble
 from .folder import MISSING, Folder, is_manifest
 from .inotify import IN_ATTRIB, IN_CLOSE_WRITE, IN_DELETE, IN_ISDIR, IN_MOVED_FROM, IN_MOVED_TO
-from .manifests import Manifest, ManifestSet, printable
+from .manifests import Manifest, ManifestSet, News, event_of, printable
 from .watches import Change, Changes, Lookup, Watches
 
 GRACE_SECONDS = 0.05
@@ -31,6 +31,8 @@ MAX_GRACE_SECONDS = 0.5
 """The same while ever more files vanish."""
 POLL_SECONDS = 1.0
 """How often everything is looked at when the kernel cannot tell us."""
+PORTION = 500
+"""Events that are delivered together."""
 _SETTLE_TRIES = 10
 
 
@@ -89,11 +91,14 @@ class FileSource:
             self._watches.close()
             self._watches = None
 
-    def _deliver(self, sink: Sink, events: list[Event]) -> None:
-        if events and not self._stopped.is_set():
-            sink.put(events)
+    def _deliver(self, sink: Sink, events: Sequence[News]) -> None:
+        """Hand over in portions, so that no more than a few objects are unpacked at a time."""
+        for start in range(0, len(events), PORTION):
+            if self._stopped.is_set():
+                return
+            sink.put([event_of(news) for news in events[start : start + PORTION]])
 
-    def _step(self) -> list[Event]:
+    def _step(self) -> list[News]:
         """Wait for something to happen, or to fall due, and take it in."""
         poll = select.poll()
         poll.register(self._wake, select.POLLIN)
@@ -112,7 +117,7 @@ class FileSource:
             events += self._give_up_lost()
         return events
 
-    def _look(self) -> list[Event]:
+    def _look(self) -> list[News]:
         back = self._checking and self._watches is not None and not self._folder.locate()
         if back and self._folder.directory is None:
             # It is there again, and being written: read it when that is done, or has taken too long.
@@ -121,7 +126,7 @@ class FileSource:
             return []
         return self._scan(settled=True)
 
-    def _take_in(self, changes: Changes) -> list[Event]:
+    def _take_in(self, changes: Changes) -> list[News]:
         """What a batch of inotify events amounts to."""
         root = set(self._folder.root.lookups)
         settled = [change for change in changes.entries if self._is_settled(change)]
@@ -172,13 +177,13 @@ class FileSource:
         self._lost[key] = cookie
         self._lost_due = min(now + GRACE_SECONDS, self._lost_since + MAX_GRACE_SECONDS)
 
-    def _give_up_lost(self) -> list[Event]:
+    def _give_up_lost(self) -> list[News]:
         gone = [key for key in self._lost if not self._folder.exists(key)]
         self._lost.clear()
         self._lost_due = None
         return self._read((), gone)
 
-    def _read(self, keys: Iterable[str], gone: Iterable[str] = ()) -> list[Event]:
+    def _read(self, keys: Iterable[str], gone: Iterable[str] = ()) -> list[News]:
         """Read files and drop others; the events that follow from all of it together."""
         folder = self._folder
         updates: dict[str, Manifest | None] = {}
@@ -193,7 +198,7 @@ class FileSource:
             manifest = folder.read(key)
             if manifest is not None:
                 updates[key] = manifest
-        return self._manifests.change(updates)
+        return self._manifests.news(updates)
 
     def _present(self, keys: Iterable[str]) -> list[str]:
         """Those of the files that are there; where they are links, everything on the way is watched by now."""
@@ -211,7 +216,7 @@ class FileSource:
                 self._lose(key)
         return present
 
-    def _scan(self, *, settled: bool = False) -> list[Event]:
+    def _scan(self, *, settled: bool = False) -> list[News]:
         """Look at everything anew: where the argument leads, which files there are, which of them changed.
 
         `settled`: what is missing now has been missing for a moment.
@@ -273,19 +278,19 @@ class FileSource:
             self._watches = None
             return True
 
-    def _tell_blindness(self) -> list[Event]:
+    def _tell_blindness(self) -> list[News]:
         if self._blind:
             self._look_due = time.monotonic() + POLL_SECONDS
         return self._say("inotify", self._blind)
 
-    def _say(self, subject: str, reason: str) -> list[Event]:
+    def _say(self, subject: str, reason: str) -> list[News]:
         """Trouble of the source itself, if that is news."""
         if self._troubles.get(subject, "") == reason:
             return []
         self._troubles[subject] = reason
         return [Trouble(subject, reason)]
 
-    def _found(self) -> list[Event]:
+    def _found(self) -> list[News]:
         """The folder is there and has been read."""
         events = self._say(printable(self._folder.argument), "")
         if not self._synced:
@@ -296,7 +301,7 @@ class FileSource:
         self._stale = False
         return events
 
-    def _miss(self, reason: str, settled: bool) -> list[Event]:
+    def _miss(self, reason: str, settled: bool) -> list[News]:
         """The folder is not there, or cannot be read: what was delivered stays in force."""
         self._lost.clear()
         self._lost_due = None
