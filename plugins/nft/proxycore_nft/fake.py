@@ -1,6 +1,8 @@
 """An in-memory nf_tables beside the real one, strict where the kernel is strict, for tests without rights.
 
 It takes the same bytes.  It knows tables, chains, sets with their elements and references between them; it sees no packets.
+Stricter than the kernel: a range is deleted only by both of its ends.  More lenient: one-field intervals may overlap, rules
+may form loops.
 A batch works on a copy, so that a refused one leaves nothing.
 """
 
@@ -21,15 +23,25 @@ from .kernel import Element, Refusal, Refused, parse_element
 from .skeleton import HOOKS, Hook
 
 
+def _size(field: str) -> int:
+    """Bytes of a field in registers."""
+    return 16 if field.startswith("ip6 ") else 4
+
+
 class FakeSet:
     """Elements by key; an interval's start and end marks, and ranges, are told apart."""
 
-    def __init__(self, is_map: bool) -> None:
-        self.is_map = is_map
+    def __init__(self, kind: str) -> None:
+        """`kind` is what stands after `typeof`: fields joined by dots, and a map's data after a colon."""
+        self.kind = kind
+        key, _, data = kind.partition(" : ")
+        self.key_size = sum(map(_size, key.split(" . ")))
+        self.data_size = sum(map(_size, data.split(" . "))) if data and data != "verdict" else None
+        self.is_map = bool(data)
         self.elements: dict[tuple[bytes, bytes | None, int], Element] = {}
 
     def copy(self) -> FakeSet:
-        made = FakeSet(self.is_map)
+        made = FakeSet(self.kind)
         made.elements = dict(self.elements)
         return made
 
@@ -47,6 +59,15 @@ class FakeTable:
         made.chains, made.dormant = dict(self.chains), self.dormant
         made.rules = {chain: list(rules) for chain, rules in self.rules.items()}
         return made
+
+
+_HEAD = 20
+"""Bytes of a message before its first attribute."""
+
+
+def _after_table(found: dict[int, memoryview]) -> int:
+    """Where the attribute behind the table's name starts."""
+    return _HEAD + 4 + (len(found[1]) + 3 & ~3)
 
 
 class _Refuse(Exception):
@@ -145,7 +166,9 @@ class FakeKernel:
                 rules = [line.encode() for line in lines if line and not line.startswith("type ")]
                 table.rules.setdefault(name, []).extend(rules)
             else:
-                table.sets.setdefault(name, FakeSet(kind == "map"))
+                fields = re.search(r"^\t\ttypeof (.*)$", inner, re.MULTILINE)
+                assert fields is not None
+                table.sets.setdefault(name, FakeSet(fields[1]))
 
     # -- batches --
 
@@ -175,15 +198,15 @@ class FakeKernel:
         found = parse_attributes(body.payload)
         table = state.get((body.family, text_of(found[1])))
         if table is None:
-            raise _Refuse(errno.ENOENT, "no such table")
+            raise _Refuse(errno.ENOENT, "no such table", _HEAD)
         if body.kind == encode.NEWCHAIN:
             name = text_of(found[3])
-            if len(name) > 127:
-                raise _Refuse(errno.EINVAL, "chain name too long")
+            if len(name) > 255:
+                raise _Refuse(errno.ERANGE, "chain name too long", _after_table(found))
             table.chains.setdefault(name, None)
             self._changes += 1
         elif body.kind == encode.NEWRULE:
-            self._rule(table, text_of(found[2]), found[4])
+            self._rule(table, text_of(found[2]), found[4], _after_table(found))
             self._changes += 1
         elif body.kind in (encode.NEWSETELEM, encode.DELSETELEM):
             self._elements(table, body, found)
@@ -191,9 +214,9 @@ class FakeKernel:
             raise _Refuse(errno.EOPNOTSUPP, f"message {body.kind}")
 
     @staticmethod
-    def _rule(table: FakeTable, chain: str, expressions: memoryview) -> None:
+    def _rule(table: FakeTable, chain: str, expressions: memoryview, after_table: int) -> None:
         if chain not in table.chains:
-            raise _Refuse(errno.ENOENT, "no such chain")
+            raise _Refuse(errno.ENOENT, "no such chain", after_table)
         for _, item in attributes(expressions):
             expression = parse_attributes(item)
             name, inner = text_of(expression[1]), parse_attributes(expression[2])
@@ -209,18 +232,20 @@ class FakeKernel:
         name = text_of(found[2])
         where = table.sets.get(name)
         if where is None:
-            raise _Refuse(errno.ENOENT, "no such set")
+            raise _Refuse(errno.ENOENT, "no such set", _after_table(found))
         if 3 not in found:
             self._changes += len(where.elements)
             where.elements.clear()
             return
         if len(found[3]) > encode.LIST_PAYLOAD_MAX:
             raise _Refuse(errno.EMSGSIZE, "attribute too long")
-        offset = 20 + len(body.payload) - len(found[3])
+        offset = _HEAD + len(body.payload) - len(found[3])
         for _, raw in attributes(found[3]):
             item = parse_element(raw)
             place = (item.key, item.key_end, item.flags & encode.ELEM_INTERVAL_END)
             if body.kind == encode.DELSETELEM:
+                if len(item.key) != where.key_size:
+                    raise _Refuse(errno.EINVAL, "key of another size", offset)
                 if place not in where.elements:
                     raise _Refuse(errno.ENOENT, "no such element", offset)
                 self._changes += 1
@@ -241,6 +266,13 @@ class FakeKernel:
         reason = self.refuse(name, item.key)
         if reason is not None:
             raise _Refuse(errno.EINVAL, reason, offset)
+        verdict = where.is_map and where.data_size is None
+        if len(item.key) != where.key_size or (item.chain is not None) != verdict:
+            raise _Refuse(errno.EINVAL, "key of another size, or data of another kind", offset)
+        if (None if item.data is None else len(item.data)) != where.data_size:
+            raise _Refuse(errno.EINVAL, "data of another size", offset)
+        if item.key_end is not None:
+            self._range(where, item, item.key_end, offset)
         if item.chain and item.chain not in table.chains:
             raise _Refuse(errno.ENOENT, "no such chain", offset)
         there = where.elements.get(place)
@@ -248,3 +280,15 @@ class FakeKernel:
             raise _Refuse(errno.EEXIST, "element exists with other data", offset)
         self._changes += there is None
         where.elements[place] = item
+
+    @staticmethod
+    def _range(where: FakeSet, item: Element, last: bytes, offset: int) -> None:
+        """Neither end of a range may be inside another one; the same range once more is nothing new."""
+        if last < item.key:
+            raise _Refuse(errno.EINVAL, "range ends before it starts", offset)
+        for other in where.elements.values():
+            end = other.key_end or other.key
+            if (other.key, end) != (item.key, last) and (
+                other.key <= item.key <= end or other.key <= last <= end
+            ):
+                raise _Refuse(errno.EEXIST, "range overlaps another", offset)

@@ -122,7 +122,12 @@ class Transaction:
 
 
 def owner_at(run: Run, offset: int) -> ServicePortName | None:
-    """Whose element stands at that byte of the message (as the kernel's extended acknowledgement counts)."""
+    """Whose element stands at that byte of the message (as the kernel's extended acknowledgement counts).
+
+    None for the names of table and set, which come before the elements.
+    """
+    if offset < run.head:
+        return None
     position = run.head
     for element, owner in zip(run.elements, run.owners, strict=True):
         position += len(element)
