@@ -17,6 +17,7 @@ from .objects import (
     APIObject,
     EndpointSlice,
     Kind,
+    Metadata,
     Node,
     Service,
     ServiceCIDR,
@@ -109,9 +110,15 @@ class Store:
         key = (metadata.namespace, metadata.name)
         if not is_ours(item):
             return self._deleted("Service", *key)
-        if self.services.get(key) == item:
+        # Labels and annotations were looked at just now; kubectl alone writes a copy of the whole Service into them.
+        kept = Service(
+            Metadata(metadata.name, metadata.namespace, creation_timestamp=metadata.creation_timestamp),
+            item.spec,
+            item.status,
+        )
+        if self.services.get(key) == kept:
             return CLEAN
-        self.services[key] = item
+        self.services[key] = kept
         return Dirty(frozenset((key,)))
 
     def _slice_applied(self, item: EndpointSlice) -> Dirty:

@@ -22,7 +22,7 @@ from ..decode import (
     located_items,
 )
 from ..errors import DecodeError
-from ..objects import APIObject, EndpointSlice
+from ..objects import APIObject, Kind, kind_of
 from ..source import Applied, Deleted, Event, Trouble
 from ..yamlio import Document, load_documents
 
@@ -38,22 +38,21 @@ _BYTE = re.compile(r"\(byte (\d+)\)")
 class Found(msgspec.Struct, frozen=True, gc=False):
     """An object and the line at which it starts, 0 if that is not known.
 
-    An EndpointSlice is kept as compressed JSON, in a tenth of the memory.  Objects of other kinds are few, and the engine
-    holds the very same.
+    The object is kept as compressed JSON, in a tenth of the memory: it is needed once to be delivered, and again only
+    when it stands in several files.
     """
 
-    said: APIObject | bytes
+    kind: Kind
+    packed: bytes
     line: int
 
     @classmethod
     def of(cls, item: APIObject, line: int) -> Found:
-        return cls(zlib.compress(encode(item), level=1) if isinstance(item, EndpointSlice) else item, line)
+        return cls(kind_of(item), zlib.compress(encode(item), level=1), line)
 
     @property
     def object(self) -> APIObject:
-        if isinstance(self.said, bytes):
-            return decode_bytes("EndpointSlice", zlib.decompress(self.said))
-        return self.said
+        return decode_bytes(self.kind, zlib.decompress(self.packed))
 
 
 News = Event | Found
@@ -204,7 +203,7 @@ class ManifestSet:
     def __init__(self) -> None:
         self._files: dict[str, dict[Key, Found]] = {}
         self._owners: dict[Key, list[str]] = {}
-        self._current: dict[Key, APIObject | bytes] = {}
+        self._current: dict[Key, bytes] = {}
         self._file_troubles: dict[str, dict[str, str]] = {}
         self._conflicts: dict[Key, str] = {}
 
@@ -254,8 +253,8 @@ class ManifestSet:
                 events.append(Deleted(*key))
         else:
             found = self._files[owners[-1]][key]
-            if found.said != before:
-                self._current[key] = found.said
+            if found.packed != before:
+                self._current[key] = found.packed
                 events.append(found)
         return [*events, *self._settle_conflict(key, owners)]
 

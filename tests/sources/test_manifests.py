@@ -185,7 +185,7 @@ def service(name, address="10.0.0.1"):
 
 def says(*items, problems=()):
     return Manifest(
-        {key_of(item): Found(item, number + 1) for number, item in enumerate(items)}, tuple(problems)
+        {key_of(item): Found.of(item, number + 1) for number, item in enumerate(items)}, tuple(problems)
     )
 
 
