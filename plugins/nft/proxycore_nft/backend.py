@@ -29,7 +29,7 @@ from proxycore.api import (
 )
 
 from . import adopt, layout, offline, skeleton
-from .kernel import Kernel, NetlinkKernel, Refused
+from .kernel import Kernel, NetlinkKernel, NotSent, Refused
 from .tables import LiveTable, out_of_step
 from .transaction import Run, Transaction, owner_at
 
@@ -137,8 +137,8 @@ class NftBackend:
                     self._give_up()
                     return rejected(batch, refused, self._runs)
                 self._give_up(doubtful=True, broken=whole)
-            except KernelError:
-                self._give_up(doubtful=True)
+            except KernelError as error:
+                self._give_up(doubtful=not isinstance(error, NotSent))
                 raise
         raise AssertionError("unreachable")
 

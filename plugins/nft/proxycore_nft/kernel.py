@@ -71,6 +71,10 @@ class Refused(KernelError):
         super().__init__(f"nf_tables refused the transaction: {text}", errno=first.errno)
 
 
+class NotSent(KernelError):
+    """The kernel did not take a batch into its hands: nothing of it holds."""
+
+
 class Kernel(Protocol):
     """What the backend asks of nf_tables; the real one and the fake pass the same tests."""
 
@@ -96,7 +100,7 @@ class Kernel(Protocol):
         """Load nft text in one transaction.  Raises KernelError: nothing was changed."""
 
     def commit(self, bodies: Sequence[Body]) -> None:
-        """One transaction.  Raises Refused: nothing was changed.  KernelError otherwise: unknown, read the kernel."""
+        """One transaction.  Raises Refused, NotSent: nothing was changed.  KernelError otherwise: unknown, read the kernel."""
 
     def elements(self, family: str, table: str, name: str) -> list[Element]:
         """All elements of a set or map.  Raises KernelError (ENOENT: there is no such set)."""
@@ -219,7 +223,10 @@ class NetlinkKernel:
             return
         first = self._socket.reserve(len(bodies) + 2)
         batch = encode.frame(bodies, first)
-        self._socket.send(batch)
+        try:
+            self._socket.send(batch)
+        except KernelError as error:
+            raise NotSent(str(error), errno=error.errno) from error
         # The kernel works through a batch before send() returns, so all answers are waiting by now: the
         # acknowledgement of the last message, or one error a refused message and no acknowledgement.
         refusals: list[Refusal] = []
