@@ -107,9 +107,10 @@ def decode_bytes(kind: Kind, data: bytes | msgspec.Raw) -> APIObject:
     Raises DecodeError naming the object and the field.
     """
     try:
-        return _normal(kind, _DECODERS[kind].decode(data))
+        item = _DECODERS[kind].decode(data)
     except _MALFORMED as error:
         return _decode_again(kind, data, error)
+    return item if item.metadata.namespace and kind in NAMESPACED else _normal(kind, item)
 
 
 def _decode_again(kind: Kind, data: bytes | msgspec.Raw, error: Exception) -> APIObject:

@@ -137,7 +137,7 @@ def parse(item: EndpointSlice, node_name: str) -> SliceEndpoints:
     first_port = layout.numbers[0] if layout.numbers else 0
     rows, hints = _rows(item.endpoints or (), family, first_port, node_name, problems)
     order = sorted(rows)
-    first = tuple([rows[key] for key in order])
+    first = tuple(map(rows.__getitem__, order))
     return SliceEndpoints(
         namespace=metadata.namespace,
         name=metadata.name,
@@ -165,12 +165,13 @@ def _rows(
     rows: dict[str, Endpoint] = {}
     hints: dict[str, EndpointHints] = {}
     ipv4 = family == "IPv4"
+    address_family = AF_INET if ipv4 else AF_INET6
     unusual = canonical.UNUSUAL_FIRST_OCTETS if ipv4 else canonical.UNUSUAL_FIRST_OCTETS_IPV6
     terminator = ":" if ipv4 else "]"
     for item in endpoints:
         try:
             address = item.addresses[0]  # type: ignore[index]
-            packed = inet_pton(AF_INET if ipv4 else AF_INET6, address)
+            packed = inet_pton(address_family, address)
             if packed[0] in unusual:
                 address = _checked_address(item, family)
             elif not ipv4:

@@ -7,7 +7,8 @@ objects, and grouped by Service.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import NamedTuple
+
+import msgspec
 
 from . import canonical
 from .frontends import ServiceKey
@@ -30,10 +31,10 @@ from .timestamps import seconds_of
 _NO_TIMES: Mapping[ServiceKey, float] = {}
 
 
-class Dirty(NamedTuple):
+class Dirty(msgspec.Struct, frozen=True, gc=False):
     """What an event touched.  `trigger_times`: of the Services whose slices say when their change began."""
 
-    services: frozenset[ServiceKey] = frozenset()
+    services: tuple[ServiceKey, ...] = ()
     node: bool = False
     service_cidrs: bool = False
     trigger_times: Mapping[ServiceKey, float] = _NO_TIMES
@@ -119,7 +120,7 @@ class Store:
         if self.services.get(key) == kept:
             return CLEAN
         self.services[key] = kept
-        return Dirty(frozenset((key,)))
+        return Dirty((key,))
 
     def _slice_applied(self, item: EndpointSlice) -> Dirty:
         metadata = item.metadata
@@ -129,7 +130,7 @@ class Store:
         parsed = parse(item, self.node_name)
         key = (namespace, parsed.service)
         former = self._owner.get((namespace, name))
-        touched = frozenset((key,))
+        touched: tuple[ServiceKey, ...] = (key,)
         if former == parsed.service:
             known = self._slices[key]
             if len(known) == 1:
@@ -142,7 +143,7 @@ class Store:
                 self._slices[key] = tuple([parsed if other.name == name else other for other in known])
         else:
             if former is not None:
-                touched = frozenset((key, (namespace, former)))
+                touched = (key, (namespace, former))
                 self._drop_slice((namespace, former), name)
             self._owner[namespace, name] = parsed.service
             known = self._slices.get(key, ())
@@ -165,13 +166,13 @@ class Store:
     def _deleted(self, kind: Kind, namespace: str, name: str) -> Dirty:
         key = (namespace, name)
         if kind == "Service":
-            return Dirty(frozenset((key,))) if self.services.pop(key, None) is not None else CLEAN
+            return Dirty((key,)) if self.services.pop(key, None) is not None else CLEAN
         if kind == "EndpointSlice":
             service = self._owner.pop(key, None)
             if service is None:
                 return CLEAN
             self._drop_slice((namespace, service), name)
-            return Dirty(frozenset(((namespace, service),)))
+            return Dirty(((namespace, service),))
         if kind == "Node":
             if name != self.node_name or self.node is None:
                 return CLEAN
@@ -190,7 +191,7 @@ class Store:
             for service, began in part.trigger_times.items():
                 times[service] = min(began, times.get(service, began))
         return Dirty(
-            frozenset().union(*(part.services for part in parts)),
+            tuple(dict.fromkeys(key for part in parts for key in part.services)),
             any(part.node for part in parts),
             any(part.service_cidrs for part in parts),
             times,
