@@ -127,6 +127,7 @@ class Engine:
         self._start_pause = RETRY_FIRST_SECONDS
         self._last_end = float("-inf")
         self._verify_at = float("inf")
+        self._drifts_in_a_row = 0
         self._pending_since: float | None = None
         self._troubles: dict[str, str] = {}
         self._named_problems: dict[str, tuple[str, ...]] = {}
@@ -293,6 +294,7 @@ class Engine:
         )
 
     def _start_backend(self) -> None:
+        self._start_at = float("inf")
         self._backend.submit("start", self._context())
 
     def _work(self) -> None:
@@ -304,15 +306,15 @@ class Engine:
         if not self._started:
             if now >= self._start_at:
                 self._start_backend()
-        elif self._synced and now >= self._may_start_at() and self._submit_batch(now):
-            pass
         elif now >= self._verify_at:
+            # Comes before the next batch: where something changes all the time, it would never have its turn otherwise.
             self._verify_at = float("inf")
-            self._name_problems()
             self._backend.submit("verify", False)
+        elif self._synced and now >= self._may_start_at():
+            self._submit_batch(now)
         self._publish()
 
-    def _submit_batch(self, now: float) -> bool:
+    def _submit_batch(self, now: float) -> None:
         batch = self._ledger.batch(
             now, full=self._full_reason is not None, reason=self._full_reason or "change"
         )
@@ -320,16 +322,16 @@ class Engine:
         if batch is None:
             if self._ledger.next_time(now) is None:
                 self._pending_since = None
-            return False
+            return
         self._backend.submit("apply", batch)
-        return True
 
     def _snapshot(self) -> ChangeBatch | None:
         """A full batch of all that is in force, for an observer that missed events."""
         if not self._applied_total or self._host is None:
             return None
         return ChangeBatch(
-            generation=self._ledger.generation,
+            # A batch under way is not in it: the observer still has to be told of that.
+            generation=self._ledger.generation - (self._ledger.in_flight is not None),
             changes=tuple(
                 change(name, None, state)
                 for name, state in self._ledger.acknowledged.items()
@@ -390,7 +392,8 @@ class Engine:
         self._applied_total += 1
         self._last_success = time.time()
         self._pending_since = now if self._is_due() else None
-        self._verify_at = now + self._interval()
+        if self._verify_at == float("inf"):
+            self._verify_at = now + self._interval()
         for observer in self._observers:
             observer.applied(batch, result)
 
@@ -403,12 +406,19 @@ class Engine:
 
     def _take_verified(self, reply: BackendReply) -> None:
         self._verify_at = self._clock() + self._interval()
+        self._name_problems()
         if reply.error is not None:
             self._log.error("cannot verify", backend=self._backend.name, error=reply.error)
             return
         verification: Verification = reply.value
         if not verification.drift:
+            if verification.checked:
+                self._drifts_in_a_row = 0
             return
+        # Two writers that undo each other's work must not cost a complete rewrite every second.
+        self._drifts_in_a_row += 1
+        pause = self._interval() * 2.0 ** min(self._drifts_in_a_row - 1, 10)
+        self._verify_at = self._clock() + min(pause, self._settings.sync_period_seconds)
         named = [f"{d.service}: {d.what}" if d.service else d.what for d in verification.drift[:NAMED_IN_LOG]]
         self._log.warning(
             "the kernel was changed by somebody else", found=len(verification.drift), what=named

@@ -125,6 +125,7 @@ def run_proxy(options: RunOptions) -> int:
         host.addresses = addresses
         engine.host_may_have_changed()
 
+    stopping_now = threading.Event()
     log.info(
         "starting",
         backend=cell.name,
@@ -134,7 +135,12 @@ def run_proxy(options: RunOptions) -> int:
         families=list(first.families),
     )
     threads = [
-        threading.Thread(target=watch.run, args=(addresses_changed,), name="addresses", daemon=True),
+        threading.Thread(
+            target=_follow_addresses,
+            args=(watch, addresses_changed, stopping_now, log),
+            name="addresses",
+            daemon=True,
+        ),
         threading.Thread(target=_run_source, args=(source, engine, log), name="source", daemon=True),
     ]
     with stopping(engine.stop):
@@ -144,6 +150,7 @@ def run_proxy(options: RunOptions) -> int:
         gc.freeze()
         engine.run()
     source.stop()
+    stopping_now.set()
     watch.stop()
     for thread in threads:
         thread.join(timeout=1.0)
@@ -169,6 +176,23 @@ def probe(cell: BackendCell, context: BackendContext, log: Log) -> None:
         log.warning("host", warning=warning)
     if found.problems:
         raise KernelError(f"this host cannot carry the {cell.name} backend: {'; '.join(found.problems)}")
+
+
+def _follow_addresses(
+    watch: AddressWatch,
+    callback: Callable[[tuple[InterfaceAddress, ...]], None],
+    stopping_now: threading.Event,
+    log: Log,
+) -> None:
+    """Follow the node's addresses whatever happens: a table in motion cannot always be read at the first try."""
+    pause = 0.1
+    while not stopping_now.is_set():
+        try:
+            watch.run(callback)
+        except Exception as error:  # noqa: BLE001  the next look reads everything again
+            log.warning("cannot follow the node's addresses, trying again", error=error, pause_seconds=pause)
+            stopping_now.wait(pause)
+            pause = min(pause * 2, 30.0)
 
 
 def _run_source(source: Source, engine: Engine, log: Log) -> None:

@@ -336,6 +336,42 @@ def test_a_service_cidr_or_node_object_asks_for_the_host_again(rig: Rig) -> None
     assert batch.host.after.service_cidrs == ("172.30.0.0/16",)
 
 
+def test_drift_is_looked_for_while_services_change_all_the_time(rig: Rig) -> None:
+    rig.put(service("a", "172.30.0.1"), Synced())
+    rig.backend.next()
+    rig.backend.verifications.put(
+        Verification(checked=True, drift=(Drift(service=None, what="the table is gone"),))
+    )
+    # From now on a change is pending whenever the backend has finished one.
+    for number in range(2, 30):
+        rig.put(endpoints("a", f"10.0.0.{number}"))
+        _wait_until(lambda: bool(rig.engine._ledger.pending))
+        rig.backend.accept()
+        if rig.backend.next().reason == "drift":
+            return
+    raise AssertionError("never verified")
+
+
+def test_a_snapshot_does_not_claim_the_batch_under_way(rig: Rig) -> None:
+    rig.put(service("a", "172.30.0.1"), Synced())
+    rig.backend.next()
+    rig.backend.accept()
+    rig.observer.applied.get(timeout=SECONDS)
+    rig.put(service("b", "172.30.0.2"))
+    under_way = rig.backend.next()
+    snapshot = rig.engine._ask_snapshot()
+    assert snapshot is not None
+    assert [change.name for change in snapshot.changes] == [name_of("a")]
+    assert snapshot.generation < under_way.generation
+
+
+def test_a_start_under_way_is_not_asked_for_again(rig: Rig) -> None:
+    rig.put(service("a", "172.30.0.1"), Synced())
+    rig.backend.next()
+    # Nothing but a failed start makes it due again.
+    assert rig.engine._start_at == float("inf")
+
+
 def _wait_until(condition: Callable[[], bool]) -> None:
     """Poll, as there is nothing to wait on; only a failing test takes long."""
     event = threading.Event()
