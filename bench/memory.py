@@ -48,4 +48,6 @@ def run(*, full: bool) -> Iterator[Row]:
                 proxy.wait_programmed(services)
                 time.sleep(2.0)  # the first verify is in it
                 yield Row(what=f"proxyctl run, {what}", value=memory_mb(proxy.pid), unit="MB", bar=bar)
-                yield Row(what=f"proxyctl run, {what}, at most", value=memory_mb(proxy.pid, "VmHWM"), unit="MB")
+                yield Row(
+                    what=f"proxyctl run, {what}, at most", value=memory_mb(proxy.pid, "VmHWM"), unit="MB"
+                )

@@ -60,13 +60,13 @@ def run(*, full: bool) -> Iterator[Row]:
     )
 
 
-def _batch(changes: Sequence[ServiceChange], *, first: bool = False) -> ChangeBatch:
+def batch_of(changes: Sequence[ServiceChange], *, first: bool = False) -> ChangeBatch:
     host = HostChange(before=None, after=cluster.HOST) if first else None
     return ChangeBatch(generation=1, changes=tuple(changes), host=host, full=first)
 
 
-def _full(states: Sequence[ServiceState]) -> ChangeBatch:
-    return _batch([change(state.name, None, state) for state in states], first=True)
+def full_batch(states: Sequence[ServiceState]) -> ChangeBatch:
+    return batch_of([change(state.name, None, state) for state in states], first=True)
 
 
 def _programming(services: int, clock: KernelClock, rounds: int) -> Iterator[Row]:
@@ -78,7 +78,7 @@ def _programming(services: int, clock: KernelClock, rounds: int) -> Iterator[Row
         settle()
         backend = NftBackend()
         backend.proxycore_backend_start(CONTEXT)
-        batch = _full(states)
+        batch = full_batch(states)
         clock.take()
         with spent() as load:
             backend.proxycore_backend_apply(batch)
