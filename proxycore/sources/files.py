@@ -32,7 +32,7 @@ MAX_GRACE_SECONDS = 0.5
 POLL_SECONDS = 1.0
 """How often everything is looked at when the kernel cannot tell us."""
 PORTION = 500
-"""Events that are delivered together."""
+"""Events that are delivered together at the start."""
 _SETTLE_TRIES = 10
 
 
@@ -56,6 +56,7 @@ class FileSource:
         self._blind = ""
         self._checking = False
         self._synced = False
+        self._synced_told = False
         self._stale = False
         self._lock = threading.Lock()
         self._wake = -1
@@ -92,11 +93,17 @@ class FileSource:
             self._watches = None
 
     def _deliver(self, sink: Sink, events: Sequence[News]) -> None:
-        """Hand over in portions, so that no more than a few objects are unpacked at a time."""
-        for start in range(0, len(events), PORTION):
+        """Hand over together what happened together.
+
+        Once Synced is told each delivery may be programmed as it stands: cut in two, it would show a slice that was
+        renamed as gone.  Before, portions keep few objects unpacked at a time.
+        """
+        portion = len(events) if self._synced_told else PORTION
+        for start in range(0, len(events), portion or 1):
             if self._stopped.is_set():
                 return
-            sink.put([event_of(news) for news in events[start : start + PORTION]])
+            sink.put([event_of(news) for news in events[start : start + portion]])
+        self._synced_told = self._synced
 
     def _step(self) -> list[News]:
         """Wait for something to happen, or to fall due, and take it in."""

@@ -212,7 +212,11 @@ class ManifestSet:
         return [event_of(news) for news in self.news(updates)]
 
     def news(self, updates: Mapping[str, Manifest | None]) -> list[News]:
-        """The same, objects not yet unpacked."""
+        """The same, objects not yet unpacked.
+
+        Each object is in it once at most; what goes comes last, so that on the way nothing is missing that has
+        a new name.
+        """
         touched: dict[Key, None] = {}
         events: list[News] = []
         for name in sorted(updates):
@@ -229,7 +233,8 @@ class ManifestSet:
             events += self._report(name, manifest)
         for key in touched:
             events += self._settle(key)
-        return events
+        gone = [news for news in events if isinstance(news, Deleted)]
+        return [news for news in events if not isinstance(news, Deleted)] + gone if gone else events
 
     def _own(self, name: str, before: Mapping[Key, Found], after: Mapping[Key, Found]) -> None:
         for key in before.keys() - after.keys():

@@ -446,6 +446,60 @@ def test_without_inotify_files_are_polled(tmp_path, follow, service, place, monk
     sink.until(lambda s: s.names == {"b", "c"})
 
 
+def slices(suffix, names):
+    """A List of one EndpointSlice per Service, its name ending in `suffix`."""
+    return json.dumps(
+        {
+            "apiVersion": "v1",
+            "kind": "List",
+            "items": [
+                {
+                    "apiVersion": "discovery.k8s.io/v1",
+                    "kind": "EndpointSlice",
+                    "metadata": {
+                        "name": f"{name}-{suffix}",
+                        "namespace": "default",
+                        "labels": {"kubernetes.io/service-name": name},
+                    },
+                    "addressType": "IPv4",
+                    "endpoints": [{"addresses": ["10.1.0.1"]}],
+                    "ports": [{"port": 80}],
+                }
+                for name in names
+            ],
+        }
+    )
+
+
+def test_renamed_slices_are_never_missing(tmp_path, follow, place, monkeypatch):
+    monkeypatch.setattr(files, "PORTION", 10)
+    names = [f"s{number}" for number in range(40)]
+    (tmp_path / "a.json").write_text(slices("old", names))
+    sink = follow(tmp_path)
+    sink.until(synced)
+    started = len(sink.batches)
+    assert started > 1, "the start comes in portions"
+    place(tmp_path / "a.json", slices("new", names))
+    sink.until(lambda s: s.names == {f"{name}-new" for name in names})
+    assert len(sink.batches) == started + 1
+    assert [type(event) for event in sink.batches[-1]] == [Applied] * 40 + [Deleted] * 40
+
+
+def test_a_folder_that_appears_late_is_portioned_too(tmp_path, follow, place, monkeypatch):
+    monkeypatch.setattr(files, "PORTION", 10)
+    folder, names = tmp_path / "folder", [f"s{number}" for number in range(40)]
+    sink = follow(folder)
+    sink.until(lambda s: s.health == Health("stale", f"{folder} does not exist"))
+    (tmp_path / "made").mkdir()
+    (tmp_path / "made" / "a.json").write_text(slices("old", names))
+    (tmp_path / "made").rename(folder)
+    sink.until(synced)
+    assert max(map(len, sink.batches)) == 10
+    place(folder / "a.json", slices("new", names))
+    sink.until(lambda s: s.names == {f"{name}-new" for name in names})
+    assert len(sink.batches[-1]) == 80
+
+
 def test_deliveries_come_from_one_thread(tmp_path, follow, service, place):
     sink = follow(tmp_path)
     sink.until(synced)
