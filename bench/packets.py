@@ -72,12 +72,12 @@ def run(*, full: bool) -> Iterator[Row]:
 
 
 def _node(stack: contextlib.ExitStack, label: str) -> Namespace:
-    """A node whose routes all lead into a device that swallows what it gets."""
+    """A node whose routes all lead into a bridge without ports, which swallows what it gets."""
     node = stack.enter_context(Namespace(f"packets-{label}"))
     node.ip(
-        ["link", "add", "sink", "type", "dummy"],
+        ["link", "add", "sink", "type", "bridge"],
         ["address", "add", f"{NODE}/24", "dev", "sink"],
-        ["link", "set", "sink", "up"],
+        ["link", "set", "sink", "arp", "off", "up"],
         ["route", "add", "10.0.0.0/8", "dev", "sink"],
         ["route", "add", "172.16.0.0/12", "dev", "sink"],
     )
@@ -97,6 +97,10 @@ class _Sender:
     def __init__(self, stack: contextlib.ExitStack, node: Namespace, service: int) -> None:
         self._address = cluster.cluster_ip(service)
         self._socket = stack.enter_context(node.socket(socket.AF_INET, socket.SOCK_RAW, socket.IPPROTO_RAW))
+        self._socket.sendto(self._syn(1000), (self._address, 0))
+        entry = node.run(["conntrack", "-L", "--orig-dst", self._address]).stdout
+        if "src=10." not in entry or f"dst={NODE} sport=8080" not in entry:
+            raise AssertionError(f"a SYN to {self._address} was not translated: {entry!r}")
 
     def send(self, first_port: int) -> list[float]:
         """Seconds that each send() took, for a burst of SYNs from one source port after the other."""
