@@ -30,6 +30,7 @@ from .desired import Desired
 from .dispatch import BackendReply, BackendRunner, ObserverRunner
 from .frontends import RESERVED_PORTS
 from .logs import Log
+from .memory import give_back
 from .model import Family, HostState, Protocol, ServiceState
 from .objects import Node, ServiceCIDR
 from .observer import ObserverContext
@@ -134,6 +135,8 @@ class Engine:
         self._source_health = Health("live")
         self._stopping = False
         self._applied_total = 0
+        self._after_full = False
+        """A full batch left free memory behind."""
         self._healthy: bool | None = None
         self._last_success: float | None = None
         self.status = Status()
@@ -309,6 +312,9 @@ class Engine:
         elif now >= self._verify_at:
             # Comes before the next batch: where something changes all the time, it would never have its turn otherwise.
             self._verify_at = float("inf")
+            if self._after_full:
+                self._after_full = False
+                give_back()
             self._backend.submit("verify", False)
         elif self._synced and now >= self._may_start_at():
             self._submit_batch(now)
@@ -390,6 +396,7 @@ class Engine:
             self._tell_failed(batch, result)
             return
         self._applied_total += 1
+        self._after_full = self._after_full or batch.full
         self._last_success = time.time()
         self._pending_since = now if self._is_due() else None
         if self._verify_at == float("inf"):

@@ -22,6 +22,7 @@ EDGES = frozenset(
         "proxycore.dispatch",
         "proxycore.engine",
         "proxycore.kernel",
+        "proxycore.memory",
         "proxycore.observers",
         "proxycore.offline",
         "proxycore.options",
