@@ -37,6 +37,7 @@ class Ledger:
     def __init__(self) -> None:
         self._desired: dict[ServicePortName, ServiceState] = {}
         self._acknowledged: dict[ServicePortName, ServiceState | Unknown] = {}
+        self._last_good: dict[ServicePortName, ServiceState] = {}  # of what is UNKNOWN now
         self._pending: dict[ServicePortName, float | None] = {}  # name: trigger time
         self._quarantine = Quarantine()
         self._host: HostState | None = None
@@ -55,6 +56,7 @@ class Ledger:
         self._paused_until = float("-inf")
         self._retries_next = False
         self._full_tries = 0
+        self._full_failed = False  # since one was last applied
 
     # What is known
 
@@ -146,6 +148,8 @@ class Ledger:
         self._in_flight = None
         self._tried.clear()
         self._acknowledged.clear()
+        self._last_good.clear()
+        self._full_failed = False
         self._host_acknowledged = self._host_held = None
         self._quarantine.clear()
         self._suspects.clear()
@@ -167,7 +171,8 @@ class Ledger:
         """The next batch, None if there is nothing to send now.
 
         `full` asks for a full batch; until one is acknowledged, every batch will be full.  Quarantined Services are in a
-        full batch with the state that was last acknowledged, so that they keep it; those without one are not in it.
+        full batch with the state that was last acknowledged, so that they keep it.  Of those without one, what may be in
+        force after a failure is in it as desired, until a full batch fails.
         `only` leaves all other changes for later (no effect on a full batch, nor while culprits are searched).
         Raises InternalError while a batch is in flight.
         """
@@ -231,17 +236,31 @@ class Ledger:
         return change(name, self._acknowledged.get(name), self._desired.get(name))
 
     def _full_changes(self, names: Iterable[ServicePortName]) -> tuple[ServiceChange, ...]:
-        """All that must be in force: the new state of `names`, of what else is pending the acknowledged one."""
+        """All that must be in force: the new state of `names`, of what else is pending the one to keep."""
         tried = set(names)
         changes = []
         for name in dict.fromkeys((*self._desired, *self._acknowledged)):
             if name in tried or name not in self._pending:
                 changes.append(self._change(name))
                 continue
-            state = self._acknowledged.get(name)
-            if isinstance(state, ServiceState):
-                changes.append(change(name, state, state))
+            known, keep = self._acknowledged.get(name), self._state_to_keep(name)
+            if keep is not None or (known is UNKNOWN and not self._full_failed):
+                changes.append(change(name, known, keep))
         return tuple(changes)
+
+    def _state_to_keep(self, name: ServicePortName) -> ServiceState | None:
+        """What a full batch has of a Service that it does not try; None: nothing.
+
+        Where it is UNKNOWN what is in force, the last good state is: it was programmed once, when the desired one may be
+        what failed.  That is sent only where there is no other, and not again after a full batch failed.
+        """
+        known = self._acknowledged.get(name)
+        if isinstance(known, ServiceState):
+            return known
+        desired = self._desired.get(name)
+        if known is None or desired is None:
+            return None
+        return self._last_good.get(name, None if self._full_failed else desired)
 
     # Answers in
 
@@ -271,15 +290,18 @@ class Ledger:
             raise InternalError(f"batch {batch.generation} is not in flight")
         tried = self._take_back()
         for item in batch.changes:
-            self._acknowledged[item.name] = UNKNOWN
+            self._doubt(item.name)
             self._pending.setdefault(item.name, None)
         if batch.host is not None:
             self._host_acknowledged = None
         if batch.full:
+            self._full_failed = True
             self._full_tries += 1
             if self._full_tries <= FULL_TRIES:
                 self._pause(now)
                 return
+            # The culprit may be among what was good once: it is found only by leaving out all that is not tried.
+            self._last_good.clear()
         self._narrow(batch, tried, why, now)
 
     def _take_back(self) -> tuple[ServicePortName, ...]:
@@ -290,6 +312,22 @@ class Ledger:
         self._tried = {}
         self._in_flight = None
         return tried
+
+    def _doubt(self, name: ServicePortName) -> None:
+        """Nobody knows what of a Service is in force."""
+        known = self._acknowledged.get(name)
+        if isinstance(known, ServiceState):
+            self._last_good[name] = known
+        self._acknowledged[name] = UNKNOWN
+
+    def _know(self, name: ServicePortName, state: ServiceState | None) -> None:
+        """What is in force of a Service; None: nothing."""
+        if self._last_good:
+            self._last_good.pop(name, None)
+        if state is None:
+            self._acknowledged.pop(name, None)
+        else:
+            self._acknowledged[name] = state
 
     def _applied(self, batch: ChangeBatch, result: ApplyResult, now: float) -> None:
         tried, self._tried, self._in_flight = self._tried, {}, None
@@ -303,16 +341,13 @@ class Ledger:
                 if self._desired.get(name) == after or name not in tried:
                     self._quarantine.hold(name, failed[name], now)
             elif name in unsupported:
-                self._acknowledged.pop(name, None)
+                self._know(name, None)
                 self._quarantine.hold(name, unsupported[name], now, forever=True)
             elif name in unknown:
-                self._acknowledged[name] = UNKNOWN
+                self._doubt(name)
                 self._quarantine.hold(name, result.message or "may be half done", now, patient=False)
             else:
-                if after is None:
-                    self._acknowledged.pop(name, None)
-                else:
-                    self._acknowledged[name] = after
+                self._know(name, after)
                 if name in tried:
                     self._quarantine.release(name)
                 self._settle(name, None)
@@ -322,12 +357,13 @@ class Ledger:
         if batch.host is not None:
             self._host_acknowledged, self._host_held = batch.host.after, None
         if batch.full:
-            self._full_reason = None
+            self._full_reason, self._full_failed = None, False
         if len(tried) > exceptions or batch.host is not None or batch.full:
             self._worked(now)
 
     def _rejected(self, batch: ChangeBatch, result: ApplyResult, now: float) -> None:
         tried = self._take_back()
+        self._full_failed = self._full_failed or batch.full
         among = {item.name: item for item in batch.changes}
         culprits = [failure for failure in result.culprits or () if failure.name in among]
         if not culprits:
@@ -337,6 +373,7 @@ class Ledger:
             if failure.name not in tried:
                 # Even the state that was in force is refused now: there is none to keep.
                 self._acknowledged[failure.name] = UNKNOWN
+                self._last_good.pop(failure.name, None)
                 self._pending.setdefault(failure.name, None)
                 self._quarantine.hold(failure.name, failure.why, now)
             elif self._still_wanted(among[failure.name]):

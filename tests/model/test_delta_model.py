@@ -35,6 +35,7 @@ class Backend:
         self.unsure = set()
         self.host = None
         self.generation = 0
+        self.full_failed = False
 
     def apply(self, batch, mood, bad, number):
         """`bad` names Services that cannot be brought into force; `number` chooses where things go wrong."""
@@ -107,12 +108,20 @@ def send(ledger, backend, now, mood, bad=frozenset(), number=0, meanwhile=None, 
     batch = ledger.batch(now, **kwargs)
     if batch is None:
         return False
+    if batch.full and not backend.full_failed:
+        kept = {item.name for item in batch.changes if item.after is not None}
+        assert kept >= ledger.desired.keys() & backend.in_force.keys(), "what is desired and in force stays"
     if meanwhile:
         ledger.update(meanwhile)
     try:
-        ledger.acknowledge(batch, backend.apply(batch, mood, bad, number), now)
+        result = backend.apply(batch, mood, bad, number)
     except Broken:
+        backend.full_failed = backend.full_failed or batch.full
         ledger.lost(batch, "it broke", now)
+        return True
+    if batch.full:
+        backend.full_failed = result.outcome == "rejected"
+    ledger.acknowledge(batch, result, now)
     return True
 
 

@@ -402,6 +402,67 @@ def test_full_batch_keeps_the_last_state_of_quarantined_services():
     assert set(ledger.quarantined) == names("b", "c")
 
 
+def lost(ledger, now=0.0):
+    batch = ledger.batch(now)
+    ledger.lost(batch, "it raised", now)
+    return batch
+
+
+def test_full_batch_keeps_what_may_be_in_force_after_an_exception():
+    ledger = ledger_with("a", "b")
+    ledger.update(states("a", port=2))
+    lost(ledger)
+    assert ledger.acknowledged[name("a")] is UNKNOWN
+    full = ledger.batch(0.5, full=True, reason="drift")
+    assert [(item.name.name, item.before, item.after) for item in full.changes] == [
+        ("a", UNKNOWN, state("a", 1)),
+        ("b", state("b", 1), state("b", 1)),
+    ]
+    ledger.acknowledge(full, applied(full), 0.5)
+    assert ledger.acknowledged == states("a", "b")
+    (retry,) = ledger.batch(1.0).changes
+    assert (retry.before, retry.after) == (state("a", 1), state("a", 2))
+
+
+def test_full_batch_holds_a_new_service_that_may_be_in_force_until_it_fails_as_well():
+    ledger = ledger_with("a")
+    ledger.update(states("new"))
+    lost(ledger)
+    full = ledger.batch(0.0, full=True)
+    assert [(item.name.name, item.before, item.after) for item in full.changes] == [
+        ("a", state("a", 1), state("a", 1)),
+        ("new", UNKNOWN, state("new", 1)),
+    ]
+    ledger.acknowledge(full, rejected(full, "new"), 0.0)
+    again = ledger.batch(0.0)
+    assert (text(again), again.full) == (["a"], True)
+
+
+def test_full_batch_takes_away_what_goes_and_may_be_in_force():
+    ledger = ledger_with("a", "b")
+    ledger.update({name("a"): None})
+    lost(ledger)
+    full = ledger.batch(0.0, full=True)
+    assert text(full) == ["b", "-a"]
+    ledger.acknowledge(full, applied(full), 0.0)
+    assert (ledger.acknowledged, ledger.quarantined, ledger.pending) == (states("b"), {}, frozenset())
+
+
+def test_full_batch_tried_again_keeps_the_quarantined_too():
+    ledger = ledger_with("a", "b")
+    ledger.update(states("b", port=2))
+    for now in (0.0, 1.0):
+        batch = ledger.batch(now)
+        ledger.acknowledge(batch, rejected(batch, "b"), now)
+    full = ledger.batch(1.0, full=True)
+    ledger.lost(full, "it raised", 1.0)
+    again = ledger.batch(2.0)
+    assert [(item.name.name, item.before, item.after) for item in again.changes] == [
+        ("a", UNKNOWN, state("a", 1)),
+        ("b", UNKNOWN, state("b", 1)),
+    ]
+
+
 def test_culprit_of_a_full_batch_that_did_not_change_loses_its_state():
     ledger = ledger_with("a", "b")
     full = ledger.batch(0.0, full=True)
