@@ -16,7 +16,7 @@ The clock is the caller's: `now` is in seconds and never goes back.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from types import MappingProxyType
 
 from .backend import ApplyResult
@@ -166,14 +166,12 @@ class Ledger:
         *,
         full: bool = False,
         reason: str = "",
-        only: Collection[ServicePortName] | None = None,
     ) -> ChangeBatch | None:
         """The next batch, None if there is nothing to send now.
 
         `full` asks for a full batch; until one is acknowledged, every batch will be full.  Quarantined Services are in a
         full batch with the state that was last acknowledged, so that they keep it.  Of those without one, what may be in
         force after a failure is in it as desired, until a full batch fails.
-        `only` leaves all other changes for later (no effect on a full batch, nor while culprits are searched).
         Raises InternalError while a batch is in flight.
         """
         if self._in_flight is not None:
@@ -182,7 +180,7 @@ class Ledger:
             self._full_reason = reason or "full resynchronisation"
         if now < self._paused_until:
             return None
-        names, with_host = self._select(now, None if self._full_reason is not None else only)
+        names, with_host = self._select(now)
         if self._full_reason is not None:
             changes, why = self._full_changes(names), self._full_reason
         else:
@@ -205,9 +203,7 @@ class Ledger:
         )
         return self._in_flight
 
-    def _select(
-        self, now: float, only: Collection[ServicePortName] | None
-    ) -> tuple[list[ServicePortName], bool]:
+    def _select(self, now: float) -> tuple[list[ServicePortName], bool]:
         """The names to try now, and whether the node's facts go along."""
         host = self.host_pending and (self._host_held is None or self._host_held.next_retry <= now)
         if self._host_alone:
@@ -225,9 +221,7 @@ class Ledger:
             self._retries_next = False
             return due, False
         self._retries_next = True
-        return [
-            name for name in self._pending if name not in self._quarantine and (only is None or name in only)
-        ], host
+        return [name for name in self._pending if name not in self._quarantine], host
 
     def _has_healthy(self) -> bool:
         return len(self._pending) > len(self._quarantine)  # what is quarantined is pending

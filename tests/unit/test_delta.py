@@ -130,16 +130,6 @@ def test_removal_is_pending_until_acknowledged():
     assert ledger.acknowledged == states("b")
 
 
-def test_first_batch_may_be_of_chosen_names():
-    ledger = Ledger()
-    ledger.update(states("a", "dns"))
-    batch = ledger.batch(0.0, only=names("dns"))
-    assert text(batch) == ["dns"]
-    ledger.acknowledge(batch, applied(batch), 0.0)
-    assert ledger.batch(0.0, only=names("dns")) is None
-    assert text(ledger.batch(0.0)) == ["a"]
-
-
 def test_full_batch_holds_what_did_not_change_and_what_goes():
     ledger = ledger_with("a", "b")
     ledger.update({name("a"): None})
@@ -215,7 +205,10 @@ def test_oldest_trigger_time_is_that_of_the_changes_in_the_batch():
     ledger.update(states("a"), 30.0)
     ledger.update(states("b"), 20.0)
     ledger.update(states("a", port=2), 40.0)
-    assert ledger.batch(0.0, only=names("a")).oldest_trigger_time == 30.0
+    batch = ledger.batch(0.0)
+    assert batch.oldest_trigger_time == 20.0
+    ledger.acknowledge(batch, rejected(batch, "b"), 0.0)
+    assert ledger.batch(0.0).oldest_trigger_time == 30.0
 
 
 def test_trigger_time_survives_a_rejection_and_ends_with_the_acknowledgement():
