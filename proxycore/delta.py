@@ -86,6 +86,11 @@ class Ledger:
         return self._quarantine.view
 
     @property
+    def version(self) -> int:
+        """Raised whenever `quarantined` changes."""
+        return self._quarantine.version
+
+    @property
     def pending(self) -> frozenset[ServicePortName]:
         """Names whose desired state is not acknowledged, those in flight and in quarantine included."""
         return frozenset(self._pending) | self._tried.keys()
