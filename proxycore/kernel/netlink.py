@@ -255,6 +255,14 @@ class NetlinkSocket:
                 )
             return
 
+    def dump_messages(self, type: int, body: Buffer = b"", flags: int = 0) -> Iterator[Message]:
+        """The entries of one dump as they come, what an earlier one left behind excepted.  Errors as in dump_datagrams()."""
+        seq = self._sequence + 1 if self._sequence < 0xFFFFFFFF else 1
+        for datagram in self.dump_datagrams(type, body, flags):
+            for entry in messages(datagram):
+                if entry.type > NLMSG_OVERRUN and entry.seq == seq:
+                    yield entry
+
     def dump(self, type: int, body: Buffer = b"", flags: int = 0) -> list[Message]:
         """All entries of one dump, asked for again while the kernel says that it was interrupted.
 

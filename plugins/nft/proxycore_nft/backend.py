@@ -125,6 +125,7 @@ class NftBackend:
         self._require()
         if batch.host is not None:
             self._host = batch.host.after
+        trusted = [table for table in self._tables.values() if not table.doubtful]
         for attempt in range(3):
             try:
                 return self._apply(batch)
@@ -135,10 +136,17 @@ class NftBackend:
                 gone = all(refusal.errno == errno.ENOENT for refusal in refused.refusals)
                 if attempt == 2 or not out_of_step(refused) or (whole and not gone):
                     self._give_up()
+                    if attempt and not gone:
+                        # Refused whole as well: Services contradict each other, mirror and kernel do not.
+                        for table in trusted:
+                            table.trust()
                     return rejected(batch, refused, self._runs)
                 self._give_up(doubtful=True, broken=whole)
             except KernelError as error:
                 self._give_up(doubtful=not isinstance(error, NotSent))
+                raise
+            except BaseException:
+                self._give_up(doubtful=True)
                 raise
         raise AssertionError("unreachable")
 

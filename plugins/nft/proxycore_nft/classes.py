@@ -8,7 +8,7 @@ the usual counts with the table, and the neighbours of each count in use right a
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import NamedTuple
 
 from . import encode, layout
@@ -63,8 +63,16 @@ def key(number: int) -> bytes:
     return layout.number(number << layout.CLASS_SHIFT)
 
 
-def bodies(family: str, table: str, item: Class, number: int, known_chains: set[str]) -> list[Body]:
-    """Messages that make a class; `known_chains` holds the shared helper chains that exist and is extended."""
+def helpers(item: Class) -> tuple[str, ...]:
+    """Chains that a class shares with the other endpoint counts of its timeout."""
+    if not item.affinity_seconds:
+        return ()
+    side = "local-" if item.local else ""
+    return f"{side}sticky-known-{item.affinity_seconds}", f"{side}sticky-new-{item.affinity_seconds}"
+
+
+def bodies(family: str, table: str, item: Class, number: int, missing: Collection[str]) -> list[Body]:
+    """Messages that make a class; `missing`: those of its helper chains that are not there yet."""
     made: list[Body] = []
     rules: list[Body] = []
 
@@ -74,8 +82,7 @@ def bodies(family: str, table: str, item: Class, number: int, known_chains: set[
 
     if item.affinity_seconds:
         for name, lines in _affinity_helpers(family, item).items():
-            if name not in known_chains:
-                known_chains.add(name)
+            if name in missing:
                 chain(name, *lines)
         chain(item.chain, *_sticky_lines(family, item))
     else:
@@ -167,8 +174,25 @@ def _affinity_helpers(family: str, item: Class) -> dict[str, list[tuple[bytes, .
             to_index,
             forget,
         ],
-        f"{side}sticky-new-{item.affinity_seconds}": [refresh, _use_handle(family, item)],
+        # A handle may be gone before it is used; slot 0 is always there, as for pools without affinity.
+        f"{side}sticky-new-{item.affinity_seconds}": [
+            refresh,
+            _use_handle(family, item),
+            to_index,
+            _draw(item, 1),
+            _use_handle(family, item),
+        ],
     }
+
+
+def _draw(item: Class, size: int) -> tuple[bytes, ...]:
+    """meta priority set meta priority . numgen random mod SIZE map @slots"""
+    return (
+        encode.load_priority(register(0)),
+        encode.random_number(register(1), size, _offset(item)),
+        encode.look_up("slots", register(0), register(8)),
+        encode.store_priority(register(8)),
+    )
 
 
 def _sticky_lines(family: str, item: Class) -> list[tuple[bytes, ...]]:
@@ -182,14 +206,8 @@ def _sticky_lines(family: str, item: Class) -> list[tuple[bytes, ...]]:
         encode.go(f"{side}sticky-known-{item.affinity_seconds}", encode.VERDICT_JUMP),
     )
 
-    def draw(count: int) -> tuple[bytes, ...]:
-        return (
-            encode.load_priority(register(0)),
-            encode.random_number(register(1), count, _offset(item)),
-            encode.look_up("slots", register(0), register(8)),
-            encode.store_priority(register(8)),
-            encode.go(f"{side}sticky-new-{item.affinity_seconds}"),
-        )
+    def draw(size: int) -> tuple[bytes, ...]:
+        return (*_draw(item, size), encode.go(f"{side}sticky-new-{item.affinity_seconds}"))
 
     lines = [_STRIP_CLASS, known, draw(item.size)]
     if item.size > 1:
@@ -213,11 +231,12 @@ def text(family: str, item: Class, helpers: set[str]) -> list[str]:
     shown: list[str] = []
     use = f"dnat {family} to meta priority map @{side}sticky-endpoints"
     index = f"meta priority & 0x{layout.STICKY_MASK:08x}"
+    first = f"meta priority set meta priority . numgen random mod 1{offset} map @slots"
     refresh = f"update @affinity {{ {family} saddr . {index} timeout {seconds}s : meta priority }}"
     forget = f"delete @affinity {{ {family} saddr . meta priority : meta priority }}"
     for name, lines in (
         (f"{side}sticky-known-{seconds}", [refresh, use, f"meta priority set {index}", forget]),
-        (f"{side}sticky-new-{seconds}", [refresh, use]),
+        (f"{side}sticky-new-{seconds}", [refresh, use, f"meta priority set {index}", first, use]),
     ):
         if name not in helpers:
             helpers.add(name)

@@ -109,12 +109,12 @@ class FakeKernel:
         found = self.state.get((family, table))
         return dict(found.chains) if found else {}
 
-    def rules(self, family: str, table: str) -> dict[str, str]:
+    def rules(self, family: str, table: str, chain: str | None = None) -> dict[str, str]:
         found = self._table(family, table)
         return {
-            chain: hashlib.sha256(b"\1".join(rules)).hexdigest()
-            for chain, rules in found.rules.items()
-            if rules
+            name: hashlib.sha256(b"\1".join(rules)).hexdigest()
+            for name, rules in found.rules.items()
+            if rules and chain in (None, name)
         }
 
     def elements(self, family: str, table: str, name: str) -> list[Element]:

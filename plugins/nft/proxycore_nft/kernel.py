@@ -15,7 +15,6 @@ from typing import NamedTuple, Protocol
 from proxycore.api import KernelError
 from proxycore.kernel.netlink import (
     NETLINK_NETFILTER,
-    NLMSG_DONE,
     NLMSG_ERROR,
     DumpInterrupted,
     NetlinkFault,
@@ -33,6 +32,10 @@ from .skeleton import Hook
 
 SEND_BUFFER = 256 << 20
 """Upper limit for one batch; the kernel takes only what is sent at once.  300,000 endpoints need about 15 MB."""
+
+
+ANSWER_SECONDS = 30.0
+"""So long may the kernel take to answer what we read; a batch it works through before the send returns."""
 
 
 class Element(NamedTuple):
@@ -93,8 +96,8 @@ class Kernel(Protocol):
     def chains(self, family: str, table: str) -> dict[str, Hook | None]:
         """Chains of a table: name -> its hook, None for plain ones."""
 
-    def rules(self, family: str, table: str) -> dict[str, str]:
-        """Digest of each chain's rules, by chain: equal text, equal digest."""
+    def rules(self, family: str, table: str, chain: str | None = None) -> dict[str, str]:
+        """Digest of each chain's rules, or of one chain's, by chain: equal text, equal digest."""
 
     def load(self, text: str) -> None:
         """Load nft text in one transaction.  Raises KernelError: nothing was changed."""
@@ -115,7 +118,9 @@ class NetlinkKernel:
     """nf_tables of the network namespace that the object was made in; to be used by one thread."""
 
     def __init__(self) -> None:
-        self._socket = NetlinkSocket(NETLINK_NETFILTER, send_buffer_bytes=SEND_BUFFER)
+        self._socket = NetlinkSocket(
+            NETLINK_NETFILTER, send_buffer_bytes=SEND_BUFFER, timeout_seconds=ANSWER_SECONDS
+        )
 
     def close(self) -> None:
         self._socket.close()
@@ -149,9 +154,10 @@ class NetlinkKernel:
         found = self._dump(encode.GETCHAIN, family, b"")
         return {text_of(chain[3]): _hook(chain) for chain in found if text_of(chain[1]) == table}
 
-    def rules(self, family: str, table: str) -> dict[str, str]:
+    def rules(self, family: str, table: str, chain: str | None = None) -> dict[str, str]:
         digests: dict[str, hashlib._Hash] = {}
-        for rule in self._dump(encode.GETRULE, family, encode.text(1, table)):
+        which = encode.text(1, table) + (encode.text(2, chain) if chain else b"")
+        for rule in self._dump(encode.GETRULE, family, which):
             if text_of(rule[1]) != table:
                 continue
             digest = digests.setdefault(text_of(rule[2]), hashlib.sha256())
@@ -164,10 +170,8 @@ class NetlinkKernel:
         for attempt in range(5):
             found: list[Element] = []
             try:
-                for datagram in self._socket.dump_datagrams(kind, body):
-                    for reply in messages(datagram):
-                        if reply.type > NLMSG_DONE:
-                            _parse_list(reply.body[4:], found)
+                for reply in self._socket.dump_messages(kind, body):
+                    _parse_list(reply.body[4:], found)
             except DumpInterrupted:
                 if attempt == 4:
                     raise
@@ -236,6 +240,9 @@ class NetlinkKernel:
             try:
                 for reply in messages(self._socket.receive_waiting()):
                     if reply.type != NLMSG_ERROR:
+                        continue
+                    if not first <= reply.seq <= last + 1:
+                        # Late news of an earlier request says nothing about this batch.
                         continue
                     fault = error_of(reply)
                     if fault is not None:

@@ -92,6 +92,8 @@ def _stage(table: Table, batch: ChangeBatch, host: HostState) -> Stage:
                 stage.put(change.name, change.after)
             except TooMany:
                 continue
+    if not table.classes:
+        stage.make_neighbours()
     stage.host(host_elements(host, table.family))
     stage.finish()
     return stage

@@ -142,6 +142,8 @@ class Stage:
         self.entries: dict[ServicePortName, Entry | None] = {}
         self.new_classes: dict[Class, int] = {}
         self.new_chains: set[str] = set()
+        self.ahead: set[Class] = set()
+        """Those of the new classes that no pool has yet."""
         self._taken: list[tuple[Indexes, int]] = []
         self._freed: list[tuple[Indexes, int]] = []
         self._cluster_ips: dict[bytes, int] = {}
@@ -395,11 +397,26 @@ class Stage:
             raise TooMany(
                 f"more than {layout.CLASS_MAX - layout.FIRST_CLASS} different endpoint counts and affinity timeouts"
             )
-        known = self.table.chains | self.new_chains
-        self.tx.rules.extend(classes.bodies(self.table.nft, self.table.name, wanted, number, known))
-        self.new_chains |= known
+        missing = [
+            name
+            for name in classes.helpers(wanted)
+            if name not in self.table.chains and name not in self.new_chains
+        ]
+        self.tx.rules.extend(classes.bodies(self.table.nft, self.table.name, wanted, number, missing))
+        self.new_chains.update(missing)
         self.new_classes[wanted] = number
         return number
+
+    def make_neighbours(self) -> None:
+        """Make the classes that will be wanted next while the maps are empty: later each takes a walk through them."""
+        unusual = self.new_classes.keys() - set(classes.USUAL)
+        for item in sorted(classes.neighbours(unusual) - self.new_classes.keys()):
+            if item not in self.table.classes:
+                try:
+                    self.make_class(item)
+                except TooMany:
+                    return
+                self.ahead.add(item)
 
     def _slots(self, name: ServicePortName, old: Entry | None, new: Entry | None, side: str) -> None:
         before: Slots | None = getattr(old, side) if old else None

@@ -15,7 +15,7 @@ import msgspec
 
 from proxycore.api import ConfigError, Family, HostState, LocalPodsByInterface
 
-from . import layout
+from . import classes, layout
 
 DIGEST_PREFIX = "skeleton-"
 AFFINITY_SIZE = 262144
@@ -81,7 +81,9 @@ def shape_of(host: HostState, family: Family) -> Shape:
 
 def digest(shape: Shape) -> str:
     """Identity of the text and of the layout that its elements follow; part of a chain's name in the kernel."""
-    whole = f"{layout.VERSION}\n{table_text(shape, 'T', '')}{hook_text(shape, 'T')}"
+    samples = [classes.Class(2, local, seconds) for local in (False, True) for seconds in (0, 1)]
+    chains = [line for item in samples for line in classes.text("ip", item, set())]
+    whole = f"{layout.VERSION}\n{table_text(shape, 'T', '')}{hook_text(shape, 'T')}{chains}"
     return hashlib.sha256(whole.encode()).hexdigest()[:12]
 
 
@@ -220,9 +222,11 @@ table {f} {table} {{
 		meta priority & 0x{layout.CLASS_MASK:08x} vmap @classes
 	}}
 	chain refuse-by-pool {{
+		comment "with endpoints: its Service changed while the packet was under way; the client tries again"
 		meta priority set meta priority & 0x{layout.POOL_MASK:08x}
 		meta priority set meta priority map @pools
 		meta priority & 0x{layout.CLASS_MASK:08x} vmap @refusals
+		drop
 	}}\
 {client("pod", layout.MASQUERADE_POD, layout.LOCAL_POD)}\
 {client("node", layout.MASQUERADE_NODE, layout.LOCAL_NODE)}\

@@ -34,6 +34,12 @@ TooManyList = list[tuple[ServicePortName, str]]
 _ABSENT = object()
 
 
+CLASSES_KEPT = 2000
+"""With more classes than this a new table is made, which leaves out those that no pool has."""
+CLASSES_AT_ONCE = 4
+"""So many classes are made ahead in one go: on full maps each costs milliseconds."""
+
+
 class Before(NamedTuple):
     """What a rebuild replaces, to return to if it fails."""
 
@@ -163,13 +169,9 @@ class LiveTable:
 
     def _remember_classes(self, stage: Stage) -> None:
         """Expect the chains of new classes too; the others as before, so that a foreign change to them is still seen."""
-        chains = self.kernel.chains(self.nft, self.mirror.name)
-        rules = self.kernel.rules(self.nft, self.mirror.name)
-        names = stage.new_chains | {item.chain for item in stage.new_classes}
-        for name in names - self._chains.keys():
-            self._chains[name] = chains.get(name)
-            if name in rules:
-                self._rules[name] = rules[name]
+        for name in (stage.new_chains | {item.chain for item in stage.new_classes}) - self._chains.keys():
+            self._chains[name] = None
+            self._rules.update(self.kernel.rules(self.nft, self.mirror.name, name))
 
     # -- batches --
 
@@ -190,6 +192,9 @@ class LiveTable:
         shape, elements = self._facts_of(host)
         # Where all is written anew, the difference is worked out only for the entries that it makes.
         known = bool(self.mirror.entries)
+        if len(self.mirror.classes) > CLASSES_KEPT:
+            # Most of them served pools that have another size by now; a new table has only those in use.
+            self._broken = True
         whole = full or not self.sound or shape != self.shape
         there = not whole or self.mirror.name in self.kernel.tables(self.nft)
         rebuild = self._broken or shape != self.shape or not there
@@ -245,7 +250,11 @@ class LiveTable:
         writer.host(elements, anew=True)
         writer.finish()
         if self._replaces is not None:
+            # An earlier try may have put some there, and clients may have moved since.
+            transaction.flush(self.nft, self.mirror.name, "affinity")
             self._carry_affinity(transaction, self._replaces)
+        if not self.hooked and writer is stage:
+            writer.make_neighbours()
         self._staged = Staged(stage, host=elements)
 
     def _final(self, stage: Stage) -> Iterable[tuple[ServicePortName, Entry]]:
@@ -281,6 +290,7 @@ class LiveTable:
         self._replaces = old
         if old is not None:
             self._carry_affinity(transaction, old)
+        writer.make_neighbours()
         self._staged = Staged(writer, before=before)
 
     def _return_to(self, before: Before) -> None:
@@ -298,11 +308,23 @@ class LiveTable:
         if staged.host is not None:
             self.mirror.host.update(staged.host)
         if staged.stage.new_classes:
-            self._near |= classes.neighbours(staged.stage.new_classes) - self.mirror.classes.keys()
+            self._near |= (
+                classes.neighbours(staged.stage.new_classes.keys() - staged.stage.ahead)
+                - self.mirror.classes.keys()
+            )
             if self.hooked:
                 self._remember_classes(staged.stage)
         if staged.host is not None or staged.before is not None:
             self._dirty = self._broken = False
+
+    def trust(self) -> None:
+        """What was doubtful has been tried and is not the mirror's fault."""
+        self._dirty = False
+
+    @property
+    def doubtful(self) -> bool:
+        """The next batch writes everything."""
+        return self._dirty
 
     def give_up(self, *, doubtful: bool = False, broken: bool = False) -> None:
         """The kernel has refused the transaction: mirror and kernel are as before.
@@ -347,14 +369,14 @@ class LiveTable:
 
     def prepare_classes(self) -> None:
         """Make the classes that will be wanted when a pool grows or shrinks by one."""
-        wanted = self._near - self.mirror.classes.keys()
-        self._near = set()
+        wanted = sorted(self._near - self.mirror.classes.keys())[:CLASSES_AT_ONCE]
+        self._near = self._near - self.mirror.classes.keys() - set(wanted)
         if not wanted or not self.sound:
             return
         transaction = Transaction()
         stage = Stage(self.mirror, transaction)
         try:
-            for item in sorted(wanted):
+            for item in wanted:
                 stage.make_class(item)
             self._commit(transaction)
         except (TooMany, KernelError):

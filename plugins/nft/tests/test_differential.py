@@ -95,9 +95,9 @@ class Twin:
         self._same(found, self.fake.chains(family, table))
         return found
 
-    def rules(self, family: str, table: str) -> dict[str, str]:
-        found = self.real.rules(family, table)
-        self._same(found.keys(), self.fake.rules(family, table).keys())
+    def rules(self, family: str, table: str, chain: str | None = None) -> dict[str, str]:
+        found = self.real.rules(family, table, chain)
+        self._same(found.keys(), self.fake.rules(family, table, chain).keys())
         return found
 
     def elements(self, family: str, table: str, name: str) -> list[Element]:

@@ -114,7 +114,7 @@ def test_an_element_with_other_data(nft, name, settled):
     element = settled.kernel.elements(nft, TABLE, name)[0]
     delete(settled, nft, name, element)
     if element.chain is not None:
-        other = "choose-pool" if element.chain == "reject-client" else "reject-client"
+        other = "source-ranges" if element.chain == "reject-client" else "reject-client"
         add(settled, nft, name, encode.verdict_element(element.key, other))
     else:
         add(settled, nft, name, encode.element(element.key, bytes(byte ^ 1 for byte in element.data)))

@@ -126,8 +126,7 @@ def test_neighbours_differ_by_one_endpoint(item):
     "item", [Class(1, False), Class(7, True), Class(1, False, 10), Class(9, True, 10800)]
 )
 def test_every_chain_that_a_class_goes_to_is_made_with_it_or_in_the_skeleton(family, item):
-    known: set[str] = set()
-    made = classes.bodies(family, "T", item, 9, known)
+    made = classes.bodies(family, "T", item, 9, classes.helpers(item))
     text = "\n".join(classes.text(family, item, set()))
     chains = {line.split()[1] for line in text.splitlines() if line.startswith("chain")}
     side = "local-" if item.local else ""
@@ -139,7 +138,7 @@ def test_every_chain_that_a_class_goes_to_is_made_with_it_or_in_the_skeleton(fam
         for word in [line.split(verb)[1]]
     }
     assert goes_to <= chains | {f"{side}endpoints-first"}
-    assert known == chains - {item.chain}
-    again = classes.bodies(family, "T", item._replace(size=item.size + 1), 10, known)
+    assert set(classes.helpers(item)) == chains - {item.chain}
+    again = classes.bodies(family, "T", item._replace(size=item.size + 1), 10, ())
     # Only the class's own chain and element: helpers are shared.
     assert len(again) < len(made) or not item.affinity_seconds
