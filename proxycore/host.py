@@ -12,6 +12,7 @@ from typing import Literal
 import msgspec
 
 from .config.model import Config
+from .frontends import RESERVED_PORTS
 from .model import (
     DetectLocal,
     Family,
@@ -19,6 +20,7 @@ from .model import (
     LocalPodsByCIDR,
     LocalPodsByInterface,
     NodePortAddresses,
+    Protocol,
     family_of,
 )
 from .objects import LABEL_ZONE, Node, ServiceCIDR
@@ -45,6 +47,16 @@ class HostResolution(msgspec.Struct, frozen=True, kw_only=True):
 
     state: HostState
     warnings: tuple[str, ...] = ()
+
+
+def reserved_ports(config: Config) -> frozenset[tuple[int, Protocol]]:
+    """Ports that no Service may take from the node: the usual ones, and our own as configured."""
+    own = {
+        int(address.rpartition(":")[2])
+        for address in (config.healthz_bind_address, config.metrics_bind_address)
+        if address
+    }
+    return RESERVED_PORTS | {(port, "TCP") for port in own}
 
 
 def resolve_host(

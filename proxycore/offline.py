@@ -12,7 +12,7 @@ from .changes import ChangeBatch, HostChange, change
 from .config import Config
 from .desired import Desired
 from .errors import SourceError
-from .host import InterfaceAddress, resolve_host
+from .host import InterfaceAddress, reserved_ports, resolve_host
 from .model import FAMILIES, Family, HostState
 from .objects import Node
 from .source import Event, Health, Source, Synced, Trouble
@@ -91,7 +91,7 @@ def load_states(
     Raises SourceError as collect() does.
     """
     events = collect(source)
-    desired = Desired(node_name)
+    desired = Desired(node_name, reserved_ports=reserved_ports(config))
     desired.handle(events)
     store = desired.store
     resolution = resolve_host(
@@ -152,4 +152,6 @@ def _named_by(node: Node | None) -> list[InterfaceAddress]:
 
 def context_of(config: Config, host: HostState) -> BackendContext:
     """What a backend is told at start."""
-    return BackendContext(host=host, families=host.families, options=config.backend_options)
+    return BackendContext(
+        host=host, families=host.families, options=config.backend_options, takeover=config.takeover
+    )

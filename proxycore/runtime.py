@@ -10,16 +10,14 @@ from collections.abc import Callable, Sequence
 from .backend import BackendContext, Capability
 from .cell import BackendCell
 from .changes import ChangeBatch
-from .config.model import Config
 from .dispatch import BackendReply, BackendRunner, ObserverRunner
 from .engine import Engine, EngineSettings
 from .errors import KernelError, SourceError
-from .frontends import RESERVED_PORTS
-from .host import InterfaceAddress, resolve_host
+from .host import InterfaceAddress, reserved_ports, resolve_host
 from .kernel.addresses import AddressWatch
 from .kernel.families import usable_families
 from .logs import Log, get
-from .model import HostState, Protocol
+from .model import HostState
 from .objects import Node, ServiceCIDR
 from .options import RunOptions
 from .plugins import load_backend, load_observers, load_source
@@ -155,16 +153,6 @@ def run_proxy(options: RunOptions) -> int:
     for thread in threads:
         thread.join(timeout=1.0)
     return 0
-
-
-def reserved_ports(config: Config) -> frozenset[tuple[int, Protocol]]:
-    """Ports that no Service may take from the node: the usual ones, and our own as configured."""
-    own = {
-        int(address.rpartition(":")[2])
-        for address in (config.healthz_bind_address, config.metrics_bind_address)
-        if address
-    }
-    return RESERVED_PORTS | {(port, "TCP") for port in own}
 
 
 def probe(cell: BackendCell, context: BackendContext, log: Log) -> None:

@@ -6,7 +6,8 @@ import pytest
 
 from proxycore.api import Applied, Event, Health, Sink, SourceError, Synced, Trouble
 from proxycore.config import Config
-from proxycore.objects import Metadata, Node, NodeAddress, NodeStatus
+from proxycore.model import FrontendKind
+from proxycore.objects import Metadata, Node, NodeAddress, NodeStatus, Service, ServicePort, ServiceSpec
 from proxycore.offline import collect, load_states
 
 NODE = Node(
@@ -68,3 +69,28 @@ def test_elsewhere_the_node_object_stands_for_the_interfaces() -> None:
     here = load_states(Script([Applied(NODE), Synced()]), Config(), "node-1", addresses=())
     assert here.context.host.node_addresses == ()
     assert here.context.host.node_ips == ("192.0.2.7",)
+
+
+def test_what_is_decided_is_what_run_would_decide() -> None:
+    service = Service(
+        metadata=Metadata(name="web", namespace="default"),
+        spec=ServiceSpec(
+            type="NodePort",
+            cluster_ip="10.96.0.1",
+            ports=(
+                ServicePort(name="a", port=80, node_port=30080),
+                ServicePort(name="b", port=81, node_port=30081),
+            ),
+        ),
+    )
+    config = Config(healthz_bind_address="[::]:30080", metrics_bind_address="", takeover="leave")
+    offline = load_states(Script([Applied(NODE), Applied(service), Synced()]), config, "node-1")
+    node_ports = {
+        frontend.port
+        for item in offline.batch.changes
+        for frontend in item.after.frontends
+        if frontend.kind is FrontendKind.NODE_PORT
+    }
+    assert node_ports == {30081}
+    assert any("30080/TCP is ignored" in reason for reason in offline.ignored)
+    assert offline.context.takeover == "leave"
