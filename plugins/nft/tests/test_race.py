@@ -35,6 +35,7 @@ table inet watch {
 	counter untranslated { }
 	counter ours { }
 	counter strangers { }
+	counter refusals { }
 	chain forward {
 		type filter hook forward priority -300;
 		ip daddr 172.30.0.0/16 counter name untranslated
@@ -44,6 +45,10 @@ table inet watch {
 		ip6 daddr fd00:10:0:0:9::/80 counter name strangers
 		ip daddr 10.0.0.0/8 counter name ours
 		ip6 daddr fd00:10::/64 counter name ours
+	}
+	chain output {
+		type filter hook output priority 300;
+		meta l4proto tcp counter name refusals
 	}
 }
 """
@@ -149,7 +154,7 @@ def storm() -> Iterator[Storm]:
 
 def assert_all_arrived(storm: Storm, changes: int) -> None:
     counted = storm.counted()
-    assert counted == {"untranslated": 0, "strangers": 0, "ours": SYNS}
+    assert counted == {"untranslated": 0, "strangers": 0, "refusals": 0, "ours": SYNS}
     assert changes > SYNS / 1000, "too few changes to prove anything"
 
 
@@ -235,8 +240,28 @@ def test_full_batches_and_new_tables(storm):
     apply = backend.proxycore_backend_apply
     storm.node.backend.proxycore_backend_apply = lambda given: storm.at_node.call(lambda: apply(given))
     storm.blow(VIP["IPv4"], change)
+    assert storm.counted() == {"untranslated": 0, "strangers": 0, "refusals": 0, "ours": SYNS}
+
+
+def _with_affinity_or_without(turn: int) -> ChangeBatch:
+    return batch(numbered(1, 5, affinity=10 if turn % 2 else None))
+
+
+def _one_service_after_the_other(turn: int) -> ChangeBatch:
+    targets = [f"10.1.1.{n + 1}:80" for n in range(5)]
+    state = service(name_of(f"web-{turn % 3}"), frontend(numbered(1).frontends[0].address), cluster=targets)
+    return batch(state, removed=[name_of(f"web-{(turn - 1) % 3}"), numbered(1).name])
+
+
+@pytest.mark.parametrize("change", [_with_affinity_or_without, _one_service_after_the_other])
+def test_an_address_that_gets_another_index_refuses_nobody(change, storm):
+    """A packet that has read the old index finds nothing any more.  It is dropped, not refused: its client tries again."""
+    storm.node.run(numbered(1, 5), numbered(9, 10))
+    storm.blow(VIP["IPv4"], change)
     counted = storm.counted()
-    assert counted == {"untranslated": 0, "strangers": 0, "ours": SYNS}
+    assert counted["strangers"] == counted["refusals"] == 0
+    assert counted["ours"] + counted["untranslated"] == SYNS
+    assert counted["ours"] > 0.9 * SYNS
 
 
 def test_the_watch_sees_what_is_not_translated(storm):

@@ -89,6 +89,8 @@ def test_an_offset_of_the_kernel_leads_to_the_service():
         for offset in (start, at):
             assert owner_at(run, offset) == name
     assert owner_at(run, len(message)) is None
+    # The names of table and set come first: a set that is not there is nobody's fault.
+    assert owner_at(run, run.head - 1) is None
 
 
 def test_a_batch_numbers_its_messages_and_asks_for_one_answer():
