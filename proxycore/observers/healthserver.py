@@ -1,7 +1,9 @@
 """A small HTTP server for health checks: many listeners, one thread, tight limits.
 
 It is reachable from outside the node, so no client may cost much memory or time: a request's head is limited to
-`HEADER_BYTES`, an idle connection is closed, a newcomer beyond the cap is turned away, bodies are not understood.
+`HEADER_BYTES`, an idle connection is closed, bodies are not understood.  Connections are limited too, and then it is
+not the newcomer who has to go but the one who has been idle longest: otherwise whoever holds connections without saying
+anything would shut out the load balancers.
 It sits on bare sockets since asyncio's streams lose a connection that comes while their server closes.
 """
 
@@ -17,9 +19,15 @@ from http import HTTPStatus
 from typing import Any, NamedTuple, TypeVar
 
 HEADER_BYTES = 8192
+SILENT_SECONDS = 3.0
+"""How long a client may take to its first byte."""
 IDLE_SECONDS = 10.0
+"""How long a request's head may take, and how long a client may wait before its next request."""
 WRITE_SECONDS = 5.0
-CONNECTIONS = 256
+CONNECTIONS = 128
+"""To one listener."""
+ALL_CONNECTIONS = 512
+"""To all listeners: the process needs its file descriptors for other things."""
 DRAINED_BYTES = 65536
 ACCEPT_PAUSE_SECONDS = 1.0
 _BACKLOG = 128
@@ -55,6 +63,8 @@ class HealthServer:
         self._listeners: dict[Address, socket.socket] = {}
         self._responders: dict[Address, Responder] = {}
         self._conversations: dict[asyncio.Task[None], Address] = {}
+        # Those of each listener that were not told to end, the longest idle first.
+        self._idle: dict[Address, dict[asyncio.Task[None], None]] = {}
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="health-server", daemon=True)
         self._thread.start()
@@ -93,6 +103,7 @@ class HealthServer:
             if address not in self._listeners:
                 try:
                     self._listeners[address] = _listener(address)
+                    self._idle[address] = {}
                 except OSError as error:
                     refused[address] = error
                     continue
@@ -102,6 +113,7 @@ class HealthServer:
     async def _shut(self, addresses: Collection[Address]) -> None:
         for address in addresses:
             listener = self._listeners.pop(address)
+            del self._idle[address]
             self._loop.remove_reader(listener)
             listener.close()
         ending = [task for task, address in self._conversations.items() if address in addresses]
@@ -124,28 +136,48 @@ class HealthServer:
             self._loop.remove_reader(listener)
             self._loop.call_later(ACCEPT_PAUSE_SECONDS, self._admit, address)
             return
-        if len(self._conversations) >= CONNECTIONS:
-            connection.close()
-            return
+        self._make_room(address)
         connection.setblocking(False)
         task = self._loop.create_task(self._converse(address, connection))
         self._conversations[task] = address
+        self._idle[address][task] = None
 
         def over(task: asyncio.Task[None]) -> None:
             # Here and not in the task: one that is cancelled before its first step never runs.
             connection.close()
             del self._conversations[task]
+            self._idle.get(address, {}).pop(task, None)
 
         task.add_done_callback(over)
 
+    def _make_room(self, address: Address) -> None:
+        """End what has been idle longest, of this listener if that is full, of the one with the most if all together are."""
+        crowd = self._idle[address]
+        if len(crowd) < CONNECTIONS:
+            if sum(map(len, self._idle.values())) < ALL_CONNECTIONS:
+                return
+            crowd = max(self._idle.values(), key=len)
+        task = next(iter(crowd))
+        del crowd[task]
+        task.cancel()
+
     async def _converse(self, address: Address, connection: socket.socket) -> None:
+        task = asyncio.current_task()
+        assert task is not None
         with contextlib.suppress(OSError, TimeoutError):
-            buffer = bytearray()
+            async with asyncio.timeout(SILENT_SECONDS):
+                buffer = bytearray(await self._loop.sock_recv(connection, 4096))
+            if not buffer:
+                return
             while True:
                 async with asyncio.timeout(IDLE_SECONDS):
                     head = await self._read_head(connection, buffer)
                 if head is None:
                     return
+                crowd = self._idle[address]
+                # Only whole requests count: one that trickles in is idle.
+                if crowd.pop(task, task) is None:
+                    crowd[task] = None
                 keep, reply = self._reply_to(address, head)
                 async with asyncio.timeout(WRITE_SECONDS):
                     await self._loop.sock_sendall(connection, reply)

@@ -372,16 +372,57 @@ def test_a_silent_client_is_shown_out(proxy: Proxy, monkeypatch: pytest.MonkeyPa
         assert silent.recv(100) == b""
 
 
-def test_too_many_clients_are_turned_away(proxy: Proxy, monkeypatch: pytest.MonkeyPatch):
+def test_a_client_that_says_nothing_is_shown_out_sooner(proxy: Proxy, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(healthserver, "SILENT_SECONDS", 0.05)
+    monkeypatch.setattr(healthserver, "IDLE_SECONDS", 1000.0)
+    proxy.applied(state(local("10.0.0.1")))
+    with proxy.connect() as silent:
+        assert silent.recv(100) == b""
+
+
+def ask(client: socket.socket) -> bool:
+    """Is one request on an open connection answered?  False: it is closed."""
+    try:
+        client.sendall(b"GET / HTTP/1.1\r\n\r\n")
+        return client.recv(10000).startswith(b"HTTP/1.1 200 ")
+    except ConnectionError:
+        return False
+
+
+def test_when_full_the_longest_idle_has_to_go(proxy: Proxy, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(healthserver, "CONNECTIONS", 2)
     proxy.applied(state(local("10.0.0.1")))
     with proxy.connect() as first, proxy.connect() as second:
-        for client in (first, second):
-            client.sendall(b"GET / HTTP/1.1\r\n\r\n")
-            assert client.recv(10000).startswith(b"HTTP/1.1 200 ")
-        assert proxy.raw(b"GET / HTTP/1.1\r\n\r\n") == b""
-        first.sendall(b"GET / HTTP/1.1\r\n\r\n")
-        assert first.recv(10000).startswith(b"HTTP/1.1 200 ")
+        assert ask(first)
+        assert ask(second)
+        assert ask(first)
+        second.sendall(b"GET / HTTP/1.1\r\nX: a beginning")
+        with proxy.connect() as third:
+            assert ask(third)
+            assert ask(first)
+            assert not ask(second)
+
+
+def test_silent_clients_shut_nobody_out(proxy: Proxy):
+    proxy.applied(state(local("10.0.0.1")))
+    with contextlib.ExitStack() as crowd:
+        for _ in range(2 * healthserver.CONNECTIONS):
+            crowd.enter_context(proxy.connect())
+        assert proxy.status_and_count() == (200, 1)
+
+
+def test_clients_of_one_listener_do_not_cost_another_its_own(proxy: Proxy, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(healthserver, "CONNECTIONS", 3)
+    monkeypatch.setattr(healthserver, "ALL_CONNECTIONS", 4)
+    proxy.applied(state(local("10.0.0.1")), state(local("10.0.0.1"), service="api", port=30001))
+    with contextlib.ExitStack() as crowd:
+        other = crowd.enter_context(proxy.connect(port=30001))
+        assert ask(other)
+        clients = [crowd.enter_context(proxy.connect()) for _ in range(6)]
+        assert ask(clients[-1])
+        second = crowd.enter_context(proxy.connect(port=30001))
+        assert ask(second)
+        assert ask(other)
 
 
 def test_stop_closes_ports_and_connections(proxy: Proxy):
