@@ -38,6 +38,8 @@ node, or its operators.  A node port may not be one of them either.
 """
 
 DEFAULT_AFFINITY_SECONDS = 10800
+MAX_AFFINITY_SECONDS = 86400
+"""The API's limit; some sources do not check it, and kernels refuse much longer ones."""
 
 ServiceKey = tuple[str, str]
 """Namespace and name of a Service."""
@@ -278,4 +280,9 @@ def _affinity_seconds(spec: ServiceSpec, problems: list[str]) -> int | None:
             f"sessionAffinityConfig: {seconds} seconds is no time-out, {DEFAULT_AFFINITY_SECONDS} is used"
         )
         return DEFAULT_AFFINITY_SECONDS
+    if seconds > MAX_AFFINITY_SECONDS:
+        problems.append(
+            f"sessionAffinityConfig: {seconds} seconds is longer than a day, {MAX_AFFINITY_SECONDS} is used"
+        )
+        return MAX_AFFINITY_SECONDS
     return seconds

@@ -439,3 +439,23 @@ def test_client_ip_affinity_lasts_three_hours_unless_told():
     config = SessionAffinityConfig(client_ip=ClientIPConfig(timeout_seconds=7))
     item = service(session_affinity="ClientIP", session_affinity_config=config)
     assert states(item)[0].affinity_seconds == 7
+
+
+@pytest.mark.parametrize(
+    ("told", "used", "why"),
+    [
+        (86400, 86400, None),
+        (86401, 86400, "86401 seconds is longer than a day, 86400 is used"),
+        (10**17, 86400, f"{10**17} seconds is longer than a day, 86400 is used"),
+        (1, 1, None),
+        (0, 10800, "0 seconds is no time-out, 10800 is used"),
+        (-5, 10800, "-5 seconds is no time-out, 10800 is used"),
+    ],
+)
+def test_affinity_lasts_as_long_as_the_api_admits(told, used, why):
+    config = SessionAffinityConfig(client_ip=ClientIPConfig(timeout_seconds=told))
+    resolution = resolve(service(session_affinity="ClientIP", session_affinity_config=config), [], host())
+    assert resolution.states[0].affinity_seconds == used
+    assert [problem.reason for problem in resolution.problems] == (
+        [f"sessionAffinityConfig: {why}"] if why else []
+    )
