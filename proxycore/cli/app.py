@@ -246,7 +246,7 @@ def render(
     epilog=_examples(
         "proxyctl plan --backend nft examples",
         "proxyctl plan --backend nft --source file:/etc/kubernetes/services -o json",
-        "proxyctl plan --backend nft all.yaml > /dev/null || test $? = 3 && echo the kernel differs",
+        "proxyctl plan --backend nft all.yaml > /dev/null; test $? -eq 3 && echo the kernel differs",
     ),
 )
 def plan(

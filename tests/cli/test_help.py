@@ -46,6 +46,16 @@ def test_every_command_has_examples_that_parse(command: tuple[str, ...], proxyct
     assert any(" ".join(("proxyctl", *command)) in line for line in examples)
 
 
+def test_the_example_of_plan_speaks_only_when_there_are_differences(proxyctl: Run) -> None:
+    _, out, _ = proxyctl("plan", "--help")
+    (line,) = [line for line in out.splitlines() if "echo the kernel differs" in line]
+    said = {}
+    for code in (0, 1, 3, 4):
+        script = f"proxyctl() {{ return {code}; }}; {line}"
+        said[code] = subprocess.run(["sh", "-c", script], capture_output=True, text=True, check=False).stdout
+    assert said == {0: "", 1: "", 3: "the kernel differs\n", 4: ""}
+
+
 def test_every_command_is_tested_here() -> None:
     names = {command.callback.__name__ for command in app.registered_commands if command.callback}
     assert names == {command[0] for command in COMMANDS} - {"config"}
