@@ -53,9 +53,24 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     no_args_is_help=True,
     context_settings=_SETTINGS,
-    epilog=_codes(),
+    epilog=_examples(
+        "proxyctl demo",
+        "proxyctl render --backend nft examples",
+        "proxyctl plan --backend nft --source file:/etc/kubernetes/services",
+        "proxyctl run --backend nft --source file:/etc/kubernetes/services --set clusterCIDR=10.244.0.0/16",
+    )
+    + "\n\n"
+    + _codes(),
 )
-config_app = typer.Typer(rich_markup_mode=None, no_args_is_help=True, context_settings=_SETTINGS)
+config_app = typer.Typer(
+    rich_markup_mode=None,
+    no_args_is_help=True,
+    context_settings=_SETTINGS,
+    epilog=_examples(
+        "proxyctl config show --config config.conf --set mode=nftables",
+        "proxyctl config validate config.conf",
+    ),
+)
 app.add_typer(config_app, name="config", help="Show or check the configuration.")
 
 Config = Annotated[

@@ -37,11 +37,12 @@ def test_help_lists_every_command_and_exit_code(proxyctl: Run) -> None:
         assert f"    {exit_code:<4}{meaning}\n" in out
 
 
-@pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
+@pytest.mark.parametrize("command", [(), ("config",), *COMMANDS], ids=" ".join)
 def test_every_command_has_examples_that_parse(command: tuple[str, ...], proxyctl: Run) -> None:
     code, out, _ = proxyctl(*command, "--help")
     assert code == 0
-    examples = [line for line in out.partition("Examples:\n")[2].splitlines() if line.strip()]
+    block = out.partition("Examples:\n")[2].partition("Exit codes:\n")[0]
+    examples = [line for line in block.splitlines() if line.strip()]
     assert all("proxyctl " in line for line in examples)
     assert any(" ".join(("proxyctl", *command)) in line for line in examples)
 
