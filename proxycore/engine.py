@@ -39,6 +39,8 @@ from .status import Status
 
 RETRY_FIRST_SECONDS = 0.2
 """Pause after a failure that no Service is to blame for; doubled each time, up to the sync period."""
+DRIFT_PAUSE_MAX = 3.0
+"""Longest time between two looks while somebody else keeps changing what is ours."""
 NAMED_IN_LOG = 5
 """So many Services are named in one log line; more are only counted."""
 
@@ -131,6 +133,10 @@ class Engine:
         self._drifts_in_a_row = 0
         self._pending_since: float | None = None
         self._troubles: dict[str, str] = {}
+        self._missing: set[str] = set()
+        """Subjects of troubles because of which something is not known."""
+        self._adopted = False
+        self._said_hold = False
         self._named_problems: dict[str, tuple[str, ...]] = {}
         self._source_health = Health("live")
         self._stopping = False
@@ -197,7 +203,7 @@ class Engine:
         if not self._started:
             return self._start_at
         due = self._verify_at
-        if self._synced:
+        if self._may_program():
             work = self._clock() if self._full_reason is not None else self._ledger.next_time(self._clock())
             if work is not None:
                 due = min(due, max(work, self._may_start_at()))
@@ -230,8 +236,8 @@ class Engine:
             match event:
                 case Synced():
                     self._synced = True
-                case Trouble(subject, reason):
-                    self._take_trouble(subject, reason)
+                case Trouble():
+                    self._take_trouble(event)
                 case Health():
                     if event != self._source_health:
                         self._log.info("source", state=event.state, reason=event.reason)
@@ -244,13 +250,37 @@ class Engine:
             if (store.node, store.service_cidr_objects) != self._host_inputs:
                 self._refresh_host()
 
-    def _take_trouble(self, subject: str, reason: str) -> None:
+    def _take_trouble(self, trouble: Trouble) -> None:
+        subject, reason = trouble.subject, trouble.reason
+        self._missing.discard(subject)
         if not reason:
             if self._troubles.pop(subject, None) is not None:
                 self._log.info("mended", subject=subject)
-        elif self._troubles.get(subject) != reason:
+            return
+        if not trouble.harmless:
+            self._missing.add(subject)
+        if self._troubles.get(subject) != reason:
             self._troubles[subject] = reason
             self._log.warning("not read, the last good state stays", subject=subject, reason=reason)
+
+    def _may_program(self) -> bool:
+        """Is what should be in force known?
+
+        Not before the source has delivered everything.  If it could not read something from the start, its last good state
+        is in the kernel alone, where an earlier run has left any: that stays until the source is mended.
+        """
+        if not self._synced:
+            return False
+        if self._applied_total or not self._adopted or not self._missing:
+            return True
+        if not self._said_hold:
+            self._said_hold = True
+            self._log.error(
+                "nothing is programmed until this is mended: rules of an earlier run are in force, and would lose "
+                "what cannot be read",
+                unread=sorted(self._missing)[:NAMED_IN_LOG],
+            )
+        return False
 
     def _refresh_host(self) -> None:
         store = self._desired.store
@@ -279,6 +309,10 @@ class Engine:
     def _name_problems(self) -> None:
         """Log what is ignored and was not said before; done now and then, as it looks at every problem."""
         problems = dict(self._desired.problems)
+        if self._synced and self._desired.store.node is None:
+            problems[f"Node {self._settings.node_name}"] = (
+                "there is no such Node: its addresses are guessed from the interfaces, and it has no zone and no pod CIDRs",
+            )
         for subject, reasons in problems.items():
             for reason in reasons:
                 if reason not in self._named_problems.get(subject, ()):
@@ -316,7 +350,7 @@ class Engine:
                 self._after_full = False
                 give_back()
             self._backend.submit("verify", False)
-        elif self._synced and now >= self._may_start_at():
+        elif self._may_program() and now >= self._may_start_at():
             self._submit_batch(now)
         self._publish()
 
@@ -371,6 +405,7 @@ class Engine:
             ms=reply.seconds * 1e3,
         )
         self._started = True
+        self._adopted = started.adopted is not None
         assert self._host is not None
         for observer in self._observers:
             options = self._settings.observer_options.get(observer.name, {})
@@ -419,13 +454,12 @@ class Engine:
             return
         verification: Verification = reply.value
         if not verification.drift:
-            if verification.checked:
-                self._drifts_in_a_row = 0
+            self._drifts_in_a_row = max(0, self._drifts_in_a_row - 1)
             return
         # Two writers that undo each other's work must not cost a complete rewrite every second.
         self._drifts_in_a_row += 1
         pause = self._interval() * 2.0 ** min(self._drifts_in_a_row - 1, 10)
-        self._verify_at = self._clock() + min(pause, self._settings.sync_period_seconds)
+        self._verify_at = self._clock() + min(pause, max(self._interval(), DRIFT_PAUSE_MAX))
         named = [f"{d.service}: {d.what}" if d.service else d.what for d in verification.drift[:NAMED_IN_LOG]]
         self._log.warning(
             "the kernel was changed by somebody else", found=len(verification.drift), what=named
@@ -453,6 +487,13 @@ class Engine:
             self._log.error("refused, nothing was changed", **facts, why=result.message)
         else:
             self._log.info("synced", **facts)
+            if batch.full and not self._applied_total and self._adopted and not batch.changes:
+                self._log.warning("the source has no Service: what an earlier run left is removed")
+        if self._log.debugs():
+            for item in batch.changes:
+                self._log.debug(
+                    item.kind, service=str(item.name), protocol=item.name.protocol, family=item.name.family
+                )
         for what, failures in (
             ("not programmed", (*result.failed, *(result.culprits or ()))),
             ("not supported by this backend", result.unsupported),

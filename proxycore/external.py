@@ -117,7 +117,7 @@ class External(msgspec.Struct, frozen=True, kw_only=True):
         When the node may come, so may the address itself: the kernel takes it as the source where it is bound locally.
         """
         ranges = self.ranges.get(family)
-        if not ranges or any(cidr.endswith("/0") for cidr in ranges):
+        if ranges is None or any(cidr.endswith("/0") for cidr in ranges):
             return None
         if family in self.admits_node and not any(canonical.contains(cidr, address) for cidr in ranges):
             return (*ranges, f"{address}/{32 if family == 'IPv4' else 128}")
@@ -167,13 +167,19 @@ def _by_family(what: str, texts: Iterable[str], problems: list[str]) -> Addresse
 def _source_ranges(texts: Iterable[str], problems: list[str]) -> AddressesByFamily:
     """Source ranges by family, disjoint.  Padding is removed: API validation admits it."""
     found: dict[Family, list[str]] = {}
+    unread = False
     for text in texts:
         try:
             cidr = canonical.cidr(text.strip())
         except ValueError as error:
             problems.append(f"a source range is ignored: {error}")
+            unread = True
             continue
         found.setdefault(family_of(cidr), []).append(cidr)
+    if unread and not found:
+        # Kubernetes' API admits no such list; to serve everybody because nothing in it can be read would open the door.
+        problems.append("no source range can be read: nobody is admitted to its load-balancer addresses")
+        return {"IPv4": (), "IPv6": ()}
     return {family: canonical.outermost(cidrs) for family, cidrs in found.items()}
 
 

@@ -39,11 +39,12 @@ class Synced(msgspec.Struct, frozen=True):
 class Trouble(msgspec.Struct, frozen=True):
     """Something could not be read; what it last said stays in force.  `subject` names file and line, or the object.
 
-    An empty `reason` says that the trouble with this subject is over.
+    An empty `reason` says that the trouble with this subject is over.  `harmless`: nothing is missing because of it.
     """
 
     subject: str
     reason: str
+    harmless: bool = False
 
 
 class Health(msgspec.Struct, frozen=True):

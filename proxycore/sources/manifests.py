@@ -274,7 +274,7 @@ class ManifestSet:
             self._conflicts[key] = reason
         else:
             del self._conflicts[key]
-        return [Trouble(describe(key), reason)]
+        return [Trouble(describe(key), reason, harmless=bool(reason))]
 
     def _report(self, name: str, manifest: Manifest | None) -> list[Event]:
         """Troubles of one file that are new, changed or over."""

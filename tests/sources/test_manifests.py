@@ -192,7 +192,9 @@ def says(*items, problems=()):
 def test_the_last_file_by_name_wins_whatever_the_order():
     one, two = service("a", "10.0.0.1"), service("a", "10.0.0.2")
     warning = Trouble(
-        "Service default/a", "stands in a.yaml:1 and b.yaml:1; the last by file name counts, b.yaml"
+        "Service default/a",
+        "stands in a.yaml:1 and b.yaml:1; the last by file name counts, b.yaml",
+        harmless=True,
     )
     manifests = ManifestSet()
     assert manifests.change({"b.yaml": says(two)}) == [Applied(two)]

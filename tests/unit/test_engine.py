@@ -39,7 +39,7 @@ from proxycore.objects import (
     SliceEndpoint,
     SlicePort,
 )
-from proxycore.source import Applied, Deleted, Synced
+from proxycore.source import Applied, Deleted, Synced, Trouble
 
 SECONDS = 10.0
 LOG = logs.get("test")
@@ -79,6 +79,7 @@ class Backend:
         self.starts: SimpleQueue[Exception | None] = SimpleQueue()
         self.verifications: SimpleQueue[Verification] = SimpleQueue()
         self.stopped = threading.Event()
+        self.adopted: str | None = None
 
     @hookimpl
     def proxycore_backend_describe(self) -> BackendInfo:
@@ -89,7 +90,7 @@ class Backend:
         error = None if self.starts.empty() else self.starts.get()
         if error is not None:
             raise error
-        return Started()
+        return Started(adopted=self.adopted)
 
     @hookimpl
     def proxycore_backend_apply(self, batch: ChangeBatch) -> ApplyResult:
@@ -136,8 +137,9 @@ class Observer:
 
 
 class Rig:
-    def __init__(self, *, start_errors: int = 0) -> None:
+    def __init__(self, *, start_errors: int = 0, adopted: str | None = None) -> None:
         self.backend = Backend()
+        self.backend.adopted = adopted
         for _ in range(start_errors):
             self.backend.starts.put(KernelError("not yet"))
         self.observer = Observer()
@@ -163,7 +165,7 @@ class Rig:
     def host_of(self, node: Node | None, service_cidrs: object) -> HostState:
         return self.host
 
-    def put(self, *events: Applied | Deleted | Synced) -> None:
+    def put(self, *events: Applied | Deleted | Synced | Trouble) -> None:
         self.engine.sink.put(list(events))
 
     def close(self) -> None:
@@ -310,6 +312,32 @@ def test_not_healthy_before_the_first_programming(rig: Rig) -> None:
     _wait_until(rig.engine.healthy)
     assert rig.observer.context is not None
     assert rig.observer.context.healthy()
+
+
+def test_what_an_earlier_run_left_stays_while_something_cannot_be_read() -> None:
+    rig = Rig(adopted="table ip proxycore, 8 frontends")
+    try:
+        rig.put(service("a", "172.30.0.1"), Trouble("b.yaml:3", "is not YAML"), Synced())
+        _wait_until(lambda: rig.engine._said_hold)
+        assert rig.backend.batches.empty()
+        rig.put(service("b", "172.30.0.2"), Trouble("b.yaml:3", ""))
+        assert {change.name for change in rig.backend.next().changes} == {name_of("a"), name_of("b")}
+    finally:
+        rig.close()
+
+
+def test_a_trouble_that_hides_nothing_holds_up_nothing() -> None:
+    rig = Rig(adopted="table ip proxycore, 8 frontends")
+    try:
+        rig.put(Trouble("Service ns/a", "stands in two files", harmless=True), Synced())
+        assert rig.backend.next().full
+    finally:
+        rig.close()
+
+
+def test_on_a_new_node_one_broken_file_does_not_hold_up_the_others(rig: Rig) -> None:
+    rig.put(service("a", "172.30.0.1"), Trouble("b.yaml:3", "is not YAML"), Synced())
+    assert [change.name for change in rig.backend.next().changes] == [name_of("a")]
 
 
 def test_a_snapshot_holds_what_is_in_force(rig: Rig) -> None:

@@ -301,7 +301,17 @@ def test_family_without_ranges_has_no_firewall():
 
 def test_unreadable_source_range_is_ignored():
     assert ranges(balanced("203.0.113.0/25", "nonsense")) == [("203.0.113.0/25",)]
-    assert reasons(balanced("nonsense")) == ["a source range is ignored: 'nonsense' is not a CIDR"]
+    assert reasons(balanced("203.0.113.0/25", "nonsense")) == [
+        "a source range is ignored: 'nonsense' is not a CIDR"
+    ]
+
+
+def test_a_list_of_source_ranges_of_which_none_can_be_read_admits_nobody():
+    assert ranges(balanced("nonsense")) == [()]
+    assert reasons(balanced("nonsense")) == [
+        "a source range is ignored: 'nonsense' is not a CIDR",
+        "no source range can be read: nobody is admitted to its load-balancer addresses",
+    ]
 
 
 def test_ranges_that_admit_the_node_admit_the_address_itself():
