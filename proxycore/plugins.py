@@ -38,7 +38,7 @@ import msgspec
 
 from .backend import API_VERSION, BackendInfo, Capability
 from .cell import BackendCell, Cell, SourceCell, Trace, cause_of
-from .errors import PluginError
+from .errors import ConfigError, PluginError
 from .hookspecs import BackendSpec, ObserverSpec, SourceSpec
 
 Group = Literal["proxycore.backends", "proxycore.plugins", "proxycore.sources"]
@@ -47,6 +47,13 @@ OBSERVERS: Group = "proxycore.plugins"
 SOURCES: Group = "proxycore.sources"
 
 _KINDS: dict[Group, str] = {BACKENDS: "backend", OBSERVERS: "observer", SOURCES: "source"}
+
+_ARGUMENTS = {
+    "file": "file:DIR, with a folder or a file of manifests",
+    "recording": "recording:FILE, with a file that `proxyctl record` wrote",
+}
+"""Sources of ours that are nothing without an argument, and how they are written."""
+_PLANNED_SOURCES = frozenset({"kubernetes"})
 
 _CellType = TypeVar("_CellType", bound=Cell)
 
@@ -169,6 +176,18 @@ def check_backend(name: str) -> tuple[Found, BackendFacts]:
     return found, facts
 
 
+def check_source(source: str) -> Found:
+    """The source of `NAME` or `NAME:ARGUMENT`, as far as can be told without importing it.
+
+    Raises ConfigError: one of ours stands there without the argument that it needs.
+    Raises PluginError: it is missing, planned or claimed twice.
+    """
+    name, _, argument = source.partition(":")
+    if not argument and name in _ARGUMENTS:
+        raise ConfigError(f"{source!r} is not complete: write {_ARGUMENTS[name]}", field="source")
+    return choose(SOURCES, name)
+
+
 def load_backend(name: str, trace: Trace | None = None) -> BackendCell:
     """Import one backend, and no other.
 
@@ -251,6 +270,12 @@ def choose(group: Group, name: str) -> Found:
         return found[0]
     if found:
         raise PluginError(name, f"{_claimants(found)}; uninstall one of them")
+    if group == SOURCES and name in _PLANNED_SOURCES:
+        raise PluginError(
+            name,
+            "this source is planned and not in this version; choose file:DIR, a folder of manifests, or recording:FILE "
+            "by --source or the configuration's source",
+        )
     names = sorted({entry.name for entry in everything})
     there = f"installed: {', '.join(names)}" if names else "none is installed"
     raise PluginError(

@@ -359,7 +359,12 @@ def demo(
     ] = "nft",
     seconds: Annotated[
         float | None,
-        typer.Option("--for", metavar="SECONDS", help="How long it lasts. Default: half a minute."),
+        typer.Option(
+            "--for",
+            metavar="SECONDS",
+            min=0,
+            help="How long it lasts, 10 seconds at the least. Default: half a minute.",
+        ),
     ] = None,
     plain: Annotated[bool, typer.Option("--plain", help="Lines instead of a live picture.")] = False,
 ) -> None:

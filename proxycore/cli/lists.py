@@ -15,7 +15,7 @@ from ..kernel.families import usable_families
 from ..model import HostState
 from ..offline import Offline, context_of, families_for, load_states
 from ..options import RunOptions
-from ..plugins import Listed, list_plugins, load_backend, load_source
+from ..plugins import Listed, check_source, list_plugins, load_backend, load_source
 from ..source import SourceContext
 from .exits import Exit, printable, say
 from .output import Column, Format, Row, emit, show
@@ -113,6 +113,7 @@ def _load(
     Half of what was asked for would mislead: what cannot be read is an error.
     """
     warn(options)
+    check_source(options.source)
     cell = load_backend(options.backend, trace_of(options))
     source = load_source(options.source_name, trace_of(options)).open(
         SourceContext(argument=options.source_argument, node_name=options.node_name)

@@ -9,11 +9,11 @@ from .exits import say
 
 def run_until_stopped(options: RunOptions) -> int:
     """`proxyctl run`."""
-    from ..plugins import SOURCES, check_backend, choose
+    from ..plugins import check_backend, check_source
 
     # What can be told without loading anything comes first: one message, and nothing was touched.
     check_backend(options.backend)
-    choose(SOURCES, options.source_name)
+    check_source(options.source)
     from ..runtime import run_proxy
 
     logs.configure(options.log_format, options.verbosity)
@@ -27,11 +27,12 @@ def record_events(options: RunOptions, file: str, seconds: float | None) -> None
     """`proxyctl record`."""
     import threading
 
-    from ..plugins import load_source
+    from ..plugins import check_source, load_source
     from ..record import STDOUT, record
     from ..signals import stopping
     from ..source import SourceContext
 
+    check_source(options.source)
     source = load_source(options.source_name).open(
         SourceContext(argument=options.source_argument, node_name=options.node_name, pace=options.pace)
     )
@@ -49,6 +50,10 @@ def record_events(options: RunOptions, file: str, seconds: float | None) -> None
 
 def show_demo(backend: str, seconds: float | None, plain: bool) -> int:
     """`proxyctl demo`."""
+    from ..plugins import check_backend
+
+    # Before a lab is built for it.
+    check_backend(backend)
     from ..demo import DEFAULT_SECONDS, demo
 
     return demo(

@@ -90,6 +90,8 @@ def test_version_and_the_module_are_the_same_program() -> None:
         (["run", "--backend"], "--backend"),
         (["render", "dir", "--source", "file:dir"], "either MANIFESTS or --source"),
         (["record"], "FILE"),
+        (["record", "--for", "-1", "x.rec"], "--for"),
+        (["demo", "--for", "-3"], "--for"),
         (["backends", "-o", "xml"], "xml"),
     ],
 )

@@ -118,7 +118,12 @@ def test_cleanup_lists_what_it_removed(installed: Installed, proxyctl: Run) -> N
         (["render", "--backend", "iptables", "."], "the iptables backend is not written yet"),
         (["run", "--backend", "ipvs", "--source", "file:."], "the ipvs backend is not written yet"),
         (["run", "--backend", "nobody", "--source", "file:."], "there is no such backend"),
-        (["run", "--backend", "mem"], "there is no such source (installed: file, recording)"),
+        (["run", "--backend", "mem"], "this source is planned and not in this version; choose file:DIR"),
+        (["render", "--backend", "mem"], "this source is planned and not in this version; choose file:DIR"),
+        (["record", "--source", "kubernetes", "x.rec"], "this source is planned"),
+        (["run", "--backend", "mem", "--source", "etcd:x"], "no such source (installed: file, recording)"),
+        (["demo", "--backend", "ipvs"], "the ipvs backend is not written yet"),
+        (["demo", "--backend", "nobody"], "there is no such backend"),
         (["cleanup", "--backend", "nobody"], "there is no such backend"),
     ],
 )
@@ -224,3 +229,12 @@ def test_a_bug_is_told_in_one_line(proxyctl: Run, monkeypatch: pytest.MonkeyPatc
     assert err.count("\n") == 1
     monkeypatch.setenv("PROXYCTL_TRACEBACK", "1")
     assert "Traceback" in proxyctl("backends").err
+
+
+@pytest.mark.parametrize("source", ["file:", "file", "recording:", "recording"])
+@pytest.mark.parametrize("command", ["run", "render", "plan", "record"])
+def test_a_source_without_its_argument_is_wrong_usage(command: str, source: str, proxyctl: Run) -> None:
+    chosen = ["x.rec"] if command == "record" else ["--backend", "mem"]
+    code, out, err = proxyctl(command, "--source", source, *chosen)
+    assert (code, out) == (2, "")
+    assert f"error: source: {source!r} is not complete: write {source.rstrip(':')}:" in err.splitlines()[-1]
