@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import yaml
 
-from proxycore.config import Config, Loaded
+from proxycore.config import Config, Loaded, load
 from proxycore.config.field import Field
 from proxycore.config.fields import FIELDS
 
@@ -127,3 +128,8 @@ def test_every_field_changes_something_or_is_named_in_a_warning(
     # Most gates are settled, whatever they say.
     ignored = field.treatment == "ignored" or field.path == "featureGates"
     assert named == (ignored or not changed(loaded.config))
+
+
+def test_the_example_of_kubeadms_file_holds_no_unknown_field() -> None:
+    warnings = load([Path(__file__).parents[3] / "examples" / "kubeproxy-config.yaml"]).warnings
+    assert [warning for warning in warnings if "unknown" in warning] == []
