@@ -1,7 +1,8 @@
 """Observer `conntrack`: deletes UDP flows that stay translated to endpoints which do not serve them any more.
 
-It looks when a batch took endpoints or frontends away from a UDP Service, and from time to time.  TCP and SCTP are
-never touched.  Option `periodSeconds`: time between two looks without a cause, 0: never; default 60.
+It looks when a batch took endpoints or frontends away from a UDP Service, and from time to time.  Each look reads all
+UDP flows: it takes in all batches up to then, and the next one waits a little, the longer the dearer this one was.
+TCP and SCTP are never touched.  Option `periodSeconds`: time between two looks without a cause, 0: never; default 60.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from ..hookspecs import hookimpl
 from ..kernel.conntrack import Conntrack
 from ..kernel.flow import Flow
 from ..observer import ObserverContext
-from .staleflows import FlowIndex, is_certain, stale
+from .staleflows import FlowIndex, Snapshot, is_certain, stale
 
 PERIOD_SECONDS = 60.0
 GRACE_SECONDS = 0.25
@@ -27,6 +28,9 @@ GRACE_SECONDS = 0.25
 
 The next batch may be in the kernel before this observer hears of it: the server may be an endpoint since just now.
 """
+REST_PER_COST = 4.0
+"""Looking takes a fifth of a processor at most."""
+MAX_REST_SECONDS = 10.0
 _RETRY_SECONDS = (1.0, 60.0)
 
 
@@ -43,6 +47,7 @@ class ConntrackObserver:
         self._revision = 0
         self._wanted = self._stopping = False
         self._outstanding = False
+        self._rest_until = 0.0
         self._suspects: dict[Flow, float] = {}
         self._period = PERIOD_SECONDS
         self._worker: threading.Thread | None = None
@@ -88,6 +93,7 @@ class ConntrackObserver:
         pause = _RETRY_SECONDS[0]
         while self._wait(min(periodic, retry, again)):
             self._take_wanted()
+            began = time.thread_time()
             try:
                 self._look()
                 retry, pause = float("inf"), _RETRY_SECONDS[0]
@@ -100,15 +106,17 @@ class ConntrackObserver:
                 retry, pause = _in(pause), min(2 * pause, _RETRY_SECONDS[1])
             periodic = _in(self._period)
             again = min(self._suspects.values(), default=float("inf"))
+            self._rest_until = time.monotonic() + rest_seconds(time.thread_time() - began)
             with self._changed:
                 self._outstanding = min(retry, again) != float("inf")
                 self._changed.notify_all()
 
     def _wait(self, until: float) -> bool:
-        """Wait for work or a point in time; False: stop."""
+        """Wait for work or a point in time, and in any case until rested; False: stop."""
         with self._changed:
-            while not self._stopping and not self._wanted:
-                left = until - time.monotonic()
+            while not self._stopping:
+                earliest = self._rest_until if self._wanted else max(until, self._rest_until)
+                left = earliest - time.monotonic()
                 if left <= 0:
                     break
                 self._changed.wait(None if left == float("inf") else left)
@@ -129,9 +137,7 @@ class ConntrackObserver:
             return
         with Conntrack() as table:
             flows = [flow for family in families for flow in table.udp_flows(family)]
-            with self._changed:
-                found = [(flow, is_certain(flow, self._index)) for flow in stale(flows, self._index)]
-            deleted = table.delete(self._ripe(found))
+            deleted = table.delete(self._ripe(self._judge(flows)))
         with self._changed:
             # What has become stale since the flows were read was not among them.
             if self._revision == revision:
@@ -143,6 +149,23 @@ class ConntrackObserver:
             self._log.info(
                 "stale UDP flows deleted", deleted=deleted, flows=len(flows), milliseconds=milliseconds
             )
+
+    def _judge(self, flows: list[Flow]) -> list[tuple[Flow, bool]]:
+        """The stale ones, and whether that is certain.
+
+        Where there are many flows it takes long, and batches go on meanwhile: what seems stale is looked at again if so.
+        """
+        revision, index = self._snapshot()
+        found = list(stale(flows, index))
+        if found:
+            newer, index = self._snapshot()
+            if newer != revision:
+                found = list(stale(found, index))
+        return [(flow, is_certain(flow, index)) for flow in found]
+
+    def _snapshot(self) -> tuple[int, Snapshot]:
+        with self._changed:
+            return self._revision, self._index.snapshot()
 
     def _ripe(self, found: Iterable[tuple[Flow, bool]]) -> list[Flow]:
         """Those to be deleted now; the others are remembered as suspects, with the time when they will be due."""
@@ -158,6 +181,11 @@ class ConntrackObserver:
                 suspects[identity] = due
         self._suspects = suspects
         return ripe
+
+
+def rest_seconds(cost: float) -> float:
+    """How long to rest after a look that took `cost` seconds of a processor."""
+    return min(REST_PER_COST * cost, MAX_REST_SECONDS)
 
 
 def _in(seconds: float) -> float:

@@ -8,7 +8,7 @@ Service that is gone is cleaned up too.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import NamedTuple
 
 from ..backend import ApplyResult
@@ -36,6 +36,21 @@ class Entry(NamedTuple):
     serving: frozenset[Target] | None
     former: frozenset[Target] = frozenset()
     gone: bool = False
+
+
+class Snapshot(NamedTuple):
+    """A FlowIndex as it was at one moment: any thread may judge by it while the index goes on."""
+
+    dialled: Mapping[_Dialled, tuple[Entry, ...]]
+    local: frozenset[bytes]
+
+    def claims(self, flow: Flow) -> tuple[Entry, ...]:
+        """The entries whose frontend this flow was sent to."""
+        found = self.dialled.get(flow[2:4], ())
+        if flow.destination in self.local:
+            family: Family = "IPv4" if len(flow.destination) == 4 else "IPv6"
+            found += self.dialled.get((family, flow.destination_port), ())
+        return found
 
 
 class FlowIndex:
@@ -114,13 +129,9 @@ class FlowIndex:
                 self._tombstones.append((entry, rounds - 1))
                 self._add(entry)
 
-    def claims(self, flow: Flow) -> tuple[Entry, ...]:
-        """The entries whose frontend this flow was sent to."""
-        found = self._dialled.get(flow[2:4], ())
-        if flow.destination in self._local:
-            family: Family = "IPv4" if len(flow.destination) == 4 else "IPv6"
-            found += self._dialled.get((family, flow.destination_port), ())
-        return found
+    def snapshot(self) -> Snapshot:
+        """All that flows are judged by, as it is now.  Costs far less than to judge."""
+        return Snapshot(self._dialled.copy(), self._local)
 
     def _set(self, name: ServicePortName, state: ServiceState | None) -> bool:
         old = self._entries.get(name)
@@ -188,7 +199,7 @@ class FlowIndex:
                 del self._dialled[dialled]
 
 
-def stale(flows: Iterable[Flow], index: FlowIndex) -> Iterator[Flow]:
+def stale(flows: Iterable[Flow], index: Snapshot) -> Iterator[Flow]:
     """The flows to delete, in their order.
 
     A flow is judged only if it was sent to a frontend.  It stays if its server is a serving endpoint, ready or
@@ -203,7 +214,7 @@ def stale(flows: Iterable[Flow], index: FlowIndex) -> Iterator[Flow]:
             yield flow
 
 
-def is_certain(flow: Flow, index: FlowIndex) -> bool:
+def is_certain(flow: Flow, index: Snapshot) -> bool:
     """Is a stale flow stale whatever is programmed just now, behind the index's back?
 
     Not so if its server is unknown: it may be an endpoint so new that the index does not have it yet.

@@ -356,6 +356,128 @@ def test_a_failure_is_told_and_the_look_repeated(node: Node, monkeypatch: pytest
         observer.proxycore_observer_stop()
 
 
+class Table:
+    """Stands in for the kernel's table: one flow, and whoever reads it waits until it may go on."""
+
+    FLOW = Flow(
+        source=socket.inet_aton(V4[4]),
+        source_port=4001,
+        destination=socket.inet_aton(V4[0]),
+        destination_port=53,
+        reply_source=socket.inet_aton(V4[1]),
+        reply_source_port=53,
+        reply_destination=socket.inet_aton(V4[4]),
+        reply_destination_port=4001,
+        status=0,
+        zone=0,
+        reply_zone=0,
+        id=1,
+    )
+
+    def __init__(self) -> None:
+        self.read, self.go_on = threading.Event(), threading.Event()
+        self.dumps = 0
+        self.deleted: list[Flow] = []
+
+    def __enter__(self) -> Table:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def udp_flows(self, family: str) -> list[Flow]:
+        self.dumps += 1
+        self.read.set()
+        assert self.go_on.wait(PATIENCE)
+        return [self.FLOW]
+
+    def delete(self, flows: list[Flow]) -> int:
+        self.deleted += flows
+        return len(flows)
+
+
+@pytest.fixture
+def table(monkeypatch: pytest.MonkeyPatch) -> Table:
+    made = Table()
+    monkeypatch.setattr(conntrack, "Conntrack", lambda: made)
+    return made
+
+
+@pytest.fixture
+def watcher(table: Table) -> Iterator[ConntrackObserver]:
+    """An observer of a table that is not the kernel's."""
+    made = conntrack.plugin()
+    info = BackendInfo(name="test", summary="", api="0.1", capabilities=frozenset())
+    options = {"periodSeconds": 0}
+    made.proxycore_observer_start(
+        ObserverContext(host=HOST, backend=info, healthy=lambda: True, options=options)
+    )
+    yield made
+    table.go_on.set()
+    made.proxycore_observer_stop()
+
+
+def tell(observer: ConntrackObserver, generation: int, *endpoints: str) -> None:
+    """A batch after which the Service has these endpoints."""
+    new = state("IPv4", *endpoints)
+    batch = ChangeBatch(generation=generation, changes=(change(new.name, UNKNOWN, new),))
+    observer.proxycore_observer_applied(batch, ApplyResult(generation=generation))
+
+
+def test_batches_that_come_during_a_look_cost_one_more(table: Table, watcher: ConntrackObserver):
+    tell(watcher, 1, V4[1])
+    assert table.read.wait(PATIENCE)
+    for number in range(2, 100):
+        tell(watcher, number, V4[1 + number % 2])
+    table.go_on.set()
+    assert watcher.wait_done(PATIENCE)
+    assert table.dumps == 2
+
+
+def test_after_a_look_it_rests(table: Table, watcher: ConntrackObserver, monkeypatch: pytest.MonkeyPatch):
+    costs: list[float] = []
+    monkeypatch.setattr(conntrack, "rest_seconds", lambda cost: costs.append(cost) or 3600.0)
+    table.go_on.set()
+    tell(watcher, 1, V4[1])
+    assert watcher.wait_done(PATIENCE), "the first look comes at once"
+    tell(watcher, 2, V4[2])
+    assert not watcher.wait_done(0.2)
+    assert table.dumps == len(costs) == 1
+    assert costs[0] > 0
+
+
+def test_looking_takes_a_fifth_of_the_time_at_most():
+    assert conntrack.rest_seconds(0.0) == 0.0
+    assert conntrack.rest_seconds(0.5) == 2.0
+    assert conntrack.rest_seconds(1000.0) == conntrack.MAX_REST_SECONDS
+
+
+def test_batches_are_taken_in_while_flows_are_judged(
+    table: Table, watcher: ConntrackObserver, monkeypatch: pytest.MonkeyPatch
+):
+    judging, told = threading.Event(), threading.Event()
+    waited: list[bool] = []
+    judge = conntrack.stale
+
+    def slowly(flows, index):
+        judging.set()
+        if not waited:
+            waited.append(told.wait(PATIENCE))
+        return judge(flows, index)
+
+    table.go_on.set()
+    tell(watcher, 1, V4[1])
+    assert watcher.wait_done(PATIENCE)
+    monkeypatch.setattr(conntrack, "stale", slowly)
+    tell(watcher, 2, V4[2])
+    assert judging.wait(PATIENCE)
+    tell(watcher, 3, V4[1])
+    told.set()
+    assert watcher.wait_done(PATIENCE)
+    assert waited == [True]
+    assert table.deleted == [], "the endpoint is back: its flow stays"
+
+
 def test_a_backend_without_conntrack_needs_no_observer():
     observer = ConntrackObserver()
     info = BackendInfo(name="user-space", summary="", api="0.1", capabilities=frozenset(), conntrack=False)
