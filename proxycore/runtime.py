@@ -14,6 +14,7 @@ from .dispatch import BackendReply, BackendRunner, ObserverRunner
 from .engine import Engine, EngineSettings
 from .errors import KernelError, SourceError
 from .host import InterfaceAddress, reserved_ports, resolve_host
+from .kernel import presence
 from .kernel.addresses import AddressWatch
 from .kernel.families import usable_families
 from .logs import Log, get
@@ -85,6 +86,11 @@ def run_proxy(options: RunOptions) -> int:
         takeover=options.takeover,
     )
     probe(cell, context, log)
+    sign = presence.claim()
+    if sign is None:
+        log.warning(
+            "a process of another user has the name by which proxies see each other; going on without it"
+        )
 
     if (
         "localhost" in config.node_port_addresses
@@ -152,6 +158,8 @@ def run_proxy(options: RunOptions) -> int:
     watch.stop()
     for thread in threads:
         thread.join(timeout=1.0)
+    if sign is not None:
+        sign.close()
     return 0
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -9,8 +10,9 @@ from pathlib import Path
 from ..backend import BackendContext
 from ..cell import BackendCell, Trace
 from ..config import dump, load
-from ..errors import ProxyError, SourceError
+from ..errors import KernelError, ProxyError, SourceError
 from ..host import InterfaceAddress
+from ..kernel import presence
 from ..kernel.families import usable_families
 from ..model import HostState
 from ..offline import Offline, context_of, families_for, load_states
@@ -136,6 +138,12 @@ def _load(
 def clean_up(options: RunOptions, backend: str | None, format: Format) -> None:
     """`proxyctl cleanup`: every backend gets its turn, also after another's failure."""
     warn(options)
+    at_work = presence.holder()
+    if at_work is not None and at_work.uid == os.geteuid():
+        raise KernelError(
+            f"a proxyctl run{f' (pid {at_work.pid})' if at_work.pid else ''} is at work here and would bring back what is "
+            "removed: stop it first; nothing was touched"
+        )
     names = [backend] if backend else sorted(_available())
     rows: list[Row] = []
     failures: list[ProxyError] = []
