@@ -159,7 +159,7 @@ def run_proxy(options: RunOptions) -> int:
     for thread in threads:
         thread.join(timeout=1.0)
     if sign is not None:
-        sign.close()
+        presence.let_go(sign)
     return 0
 
 

@@ -9,7 +9,9 @@ from __future__ import annotations
 import os
 import socket
 import struct
+import threading
 import time
+from contextlib import suppress
 from typing import NamedTuple
 
 from ..errors import KernelError
@@ -29,7 +31,7 @@ class Holder(NamedTuple):
 
 
 def claim(wait_seconds: float = WAIT_SECONDS) -> socket.socket | None:
-    """Take the name for this process, until the socket is closed.
+    """Take the name for this process, until let_go().
 
     None: somebody of another user id has it, which is no proxy of ours.  Raises KernelError: another proxy runs here, and has
     not ended within `wait_seconds`; nothing was touched.
@@ -53,8 +55,27 @@ def claim(wait_seconds: float = WAIT_SECONDS) -> socket.socket | None:
                 ) from None
             time.sleep(_PAUSE_SECONDS)
         else:
-            sign.listen(1)
+            sign.listen(16)
+            threading.Thread(target=_greet, args=(sign,), name="presence", daemon=True).start()
             return sign
+
+
+def _greet(sign: socket.socket) -> None:
+    """Take visitors off the queue, until the sign is closed; they only want to know who we are."""
+    while True:
+        try:
+            visitor, _ = sign.accept()
+        except OSError:
+            return
+        visitor.close()
+
+
+def let_go(sign: socket.socket) -> None:
+    """Give the name back."""
+    # A thread in accept() keeps the socket alive past close().
+    with suppress(OSError):
+        sign.shutdown(socket.SHUT_RDWR)
+    sign.close()
 
 
 def holder() -> Holder | None:

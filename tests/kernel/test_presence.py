@@ -21,12 +21,14 @@ def test_only_one_has_the_name_until_it_ends():
         assert (holder.pid, holder.uid) == (os.getpid(), os.geteuid())
         with pytest.raises(KernelError, match=rf"another proxyctl run \(pid {os.getpid()}\) is at work"):
             node.call(lambda: presence.claim(wait_seconds=0))
-        first.close()
-        node.call(lambda: presence.claim(wait_seconds=0)).close()
+        for _ in range(40):
+            assert node.call(presence.holder) == holder
+        presence.let_go(first)
+        presence.let_go(node.call(lambda: presence.claim(wait_seconds=0)))
 
 
 def test_another_network_namespace_is_another_node():
     with Namespace("a") as one, Namespace("b") as other:
         first, second = one.call(presence.claim), other.call(presence.claim)
-        first.close()
-        second.close()
+        presence.let_go(first)
+        presence.let_go(second)
