@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from ..backend import BackendContext
 from ..cell import BackendCell, Trace
-from ..config import dump, load
-from ..errors import KernelError, ProxyError, SourceError
+from ..config import Loaded, dump, load
+from ..config.kubeproxy import MODES
+from ..errors import KernelError, PluginError, ProxyError, SourceError
 from ..host import InterfaceAddress
 from ..kernel import presence
 from ..kernel.families import usable_families
 from ..model import HostState
 from ..offline import Offline, context_of, families_for, load_states
 from ..options import RunOptions
-from ..plugins import Listed, check_source, list_plugins, load_backend, load_source
+from ..plugins import Listed, check_backend, check_source, list_plugins, load_backend, load_source
 from ..source import SourceContext
 from .exits import Exit, printable, say
 from .output import Column, Format, Row, emit, show
@@ -202,7 +203,26 @@ def check_config(files: Sequence[str]) -> None:
     loaded = load([Path(file) for file in files])
     for warning in loaded.warnings:
         say(f"warning: {warning}")
+    for warning in _not_available(loaded):
+        say(f"warning: {warning}")
     print(f"{', '.join(printable(file) for file in files)}: valid", file=sys.stderr)
+
+
+def _not_available(loaded: Loaded) -> Iterator[str]:
+    """What the configuration chooses and `run` would refuse, unless a flag chooses otherwise."""
+    try:
+        check_backend(loaded.config.backend)
+    except PluginError as error:
+        path = "mode" if loaded.config.backend == MODES.get(loaded.config.mode) else "backend"
+        origin = loaded.origins[path]
+        where = f"{path}: not written, which means" if origin == "default" else f"{origin}: {path}:"
+        yield f"{where} {loaded.values[path]}: {error.reason}"
+    # The default stands in no file: a flag chooses the source as a rule.
+    if loaded.origins["source"] != "default":
+        try:
+            check_source(loaded.config.source)
+        except PluginError as error:
+            yield f"{loaded.origins['source']}: source: {loaded.config.source}: {error.reason}"
 
 
 def trace_of(options: RunOptions) -> Trace | None:

@@ -19,7 +19,12 @@ PROXYCORE_FIELDS: tuple[Field, ...] = (
         "backend", "text", "", "name of the backend plugin, any that is installed; empty: what `mode` says"
     ),
     _ours("backendOptions", "any", {}, "a backend's own settings, under the backend's name"),
-    _ours("source", "text", "kubernetes", "where Services come from, `NAME` or `NAME:ARGUMENT`"),
+    _ours(
+        "source",
+        "text",
+        "kubernetes",
+        "where Services come from: `file:DIR` or `recording:FILE`; `kubernetes` is planned",
+    ),
     _ours(
         "takeover",
         "text",

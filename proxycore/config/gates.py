@@ -14,7 +14,7 @@ GATES: dict[str, Gate] = {
         False,
         "the backend nft has no node ports on loopback addresses in this version",
     ),
-    "KubeProxyIPVS": ("ignored", True, "the backend ipvs is maintained here"),
+    "KubeProxyIPVS": ("ignored", True, "no gate holds a backend back"),
     "NFTablesNetlink": ("ignored", True, "nftables is always spoken to over netlink"),
     "NFTablesProxyMode": ("ignored", True, "settled"),
     "TopologyAwareHints": ("ignored", True, "settled"),

@@ -17,7 +17,7 @@ _SYNC = "limits the back-off after a failure and says how long work may wait bef
 _WINDOWS = "it is for Windows"
 _NO_PORTS = "no health and metrics ports are served"
 _NO_SYSCTLS = "connection tracking is left as the host has it"
-_JSON_ONLY = "the API is spoken in JSON"
+_NO_API = "the API server is not asked"
 
 
 def _field(path: str, type_: Type, default: object, note: str = "", **more: object) -> Field:
@@ -42,22 +42,28 @@ _GENERAL = (
         treatment="differently",
         flags=("feature-gates",),
     ),
-    _field("clientConnection.kubeconfig", "text", "", "empty: in-cluster", flags=("kubeconfig",)),
-    _ignored("clientConnection.acceptContentTypes", "text", "", _JSON_ONLY, harmless=("application/json",)),
+    _missing("clientConnection.kubeconfig", "text", "", _NO_API, flags=("kubeconfig",)),
+    _ignored(
+        "clientConnection.acceptContentTypes",
+        "text",
+        "",
+        f"{_NO_API} in this version",
+        harmless=("application/json",),
+    ),
     _ignored(
         "clientConnection.contentType",
         "text",
         "application/vnd.kubernetes.protobuf",
-        _JSON_ONLY,
+        f"{_NO_API} in this version",
         flags=("kube-api-content-type",),
         harmless=("application/json",),
     ),
-    _field("clientConnection.qps", "number", 5.0, "requests to the API server", flags=("kube-api-qps",)),
-    _field(
+    _missing("clientConnection.qps", "number", 5.0, _NO_API, flags=("kube-api-qps",)),
+    _missing(
         "clientConnection.burst",
         "int",
         10,
-        "requests to the API server",
+        _NO_API,
         flags=("kube-api-burst",),
         minimum=0,
     ),

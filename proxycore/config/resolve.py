@@ -33,7 +33,6 @@ _NODE_NAME = re.compile(r"[a-z0-9]([a-z0-9.-]{0,251}[a-z0-9])?\Z")
 _SOURCE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}(:.*)?\Z", re.DOTALL)
 _SCHEDULER = re.compile(r"[a-z][a-z0-9_]{0,14}\Z")
 _RANK = {"default": 0, "environment": 2, "flag": 3}
-_KUBERNETES_ONLY = ("clientConnection.kubeconfig", "clientConnection.qps", "clientConnection.burst")
 _OWN_EXTRAS = {"iptables": ("localhostNodePorts",), "ipvs": ("scheduler", "excludeCIDRs", "strictARP", "tcpTimeout",
                "tcpFinTimeout", "udpTimeout"), "nftables": ()}  # fmt: skip
 
@@ -96,7 +95,6 @@ class Resolver:
         self._warn_about_gates()
         self._warn_about_ignored()
         self._warn_about_other_modes(backend, mode)
-        self._warn_about_source()
         return None if self.problems else Config(**fields)
 
     # -- settings -----------------------------------------------------------------------------------------------
@@ -367,12 +365,6 @@ class Resolver:
             ]
             if idle:
                 self._no_effect(idle, f"the backend is {backend}, with the settings of {mode}")
-
-    def _warn_about_source(self) -> None:
-        source: str = self.values["source"]
-        idle = [path for path in _KUBERNETES_ONLY if self._written(path)]
-        if idle and source.partition(":")[0] != "kubernetes":
-            self._no_effect(idle, f"the source is {source}")
 
 
 def _serves(path: str, section: str, backend: str, mode: str) -> bool:

@@ -238,3 +238,30 @@ def test_a_source_without_its_argument_is_wrong_usage(command: str, source: str,
     code, out, err = proxyctl(command, "--source", source, *chosen)
     assert (code, out) == (2, "")
     assert f"error: source: {source!r} is not complete: write {source.rstrip(':')}:" in err.splitlines()[-1]
+
+
+HEAD = "apiVersion: kubeproxy.config.k8s.io/v1alpha1\nkind: KubeProxyConfiguration\n"
+OURS = "---\napiVersion: proxycore.io/v1alpha1\nkind: ProxycoreConfiguration\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("mode: ipvs\n", ["c.yaml: mode: ipvs: the ipvs backend is not written yet; available: mem"]),
+        ("", ["mode: not written, which means iptables: the iptables backend is not written yet"]),
+        (f"mode: nftables\n{OURS}backend: nobody\n", ["c.yaml: backend: nobody: there is no such backend"]),
+        (f"{OURS}backend: mem\nsource: kubernetes\n", ["c.yaml: source: kubernetes: this source is planned"]),
+        (f"{OURS}backend: mem\nsource: file:x\n", []),
+    ],
+)
+def test_validate_names_a_choice_that_is_not_available(
+    text: str, said: list[str], proxyctl: Run, tmp_path: Path
+) -> None:
+    file = tmp_path / "c.yaml"
+    file.write_text(HEAD + text)
+    code, out, err = proxyctl("config", "validate", file)
+    lines = [line.replace(f"{tmp_path}/", "") for line in err.splitlines()]
+    assert (code, out, lines[-1]) == (0, "", "c.yaml: valid")
+    assert len(lines) == len(said) + 1
+    for line, words in zip(lines, said, strict=False):
+        assert line.startswith(f"proxyctl: warning: {words}")

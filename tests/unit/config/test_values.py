@@ -82,7 +82,9 @@ def test_the_zero_and_null_values_of_kubeadm_mean_the_defaults(changed: Changed,
     path = write(KUBEADM)
     loaded = load([path])
     assert changed(loaded.config) == {"kubeconfig": "/kubeconfig.conf", "cluster_cidr": ("10.244.0.0/16",)}
-    assert loaded.warnings == ()
+    assert loaded.warnings == (
+        f"{path}:5: clientConnection.kubeconfig: has no effect: the API server is not asked in this version",
+    )
     written = {field for field, origin in loaded.origins.items() if origin != "default"}
     assert written == {"bindAddress", "clientConnection.kubeconfig", "clusterCIDR"}
 

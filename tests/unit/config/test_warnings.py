@@ -54,7 +54,7 @@ Changed = Callable[[Config], dict[str, object]]
         (
             "featureGates: {NFTablesNetlink: true, KubeProxyIPVS: false, New: true, ServiceTrafficDistribution: false}",
             [
-                "c.yaml:3: featureGates.KubeProxyIPVS: false has no effect: the backend ipvs is maintained here",
+                "c.yaml:3: featureGates.KubeProxyIPVS: false has no effect: no gate holds a backend back",
                 "c.yaml:3: featureGates.New: true has no effect: it is unknown here",
                 "c.yaml:3: featureGates.ServiceTrafficDistribution: false has no effect: settled",
             ],
@@ -74,7 +74,8 @@ Changed = Callable[[Config], dict[str, object]]
         (
             "clientConnection: {kubeconfig: /k, qps: 1}\n---\nsource: file:/m",
             [
-                "c.yaml:3: clientConnection.kubeconfig, clientConnection.qps: have no effect: the source is file:/m",
+                "c.yaml:3: clientConnection.kubeconfig: has no effect: the API server is not asked in this version",
+                "c.yaml:3: clientConnection.qps: has no effect: the API server is not asked in this version",
             ],
         ),
     ],
