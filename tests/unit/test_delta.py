@@ -294,27 +294,6 @@ def test_named_culprits_are_set_aside_and_the_rest_goes_at_once():
     assert text(ledger.batch(5.0)) == ["b", "d"]
 
 
-def test_version_tells_when_what_is_set_aside_changes():
-    ledger = ledger_with("a")
-    versions = [ledger.version]
-
-    def changed():
-        versions.append(ledger.version)
-        return versions[-1] > versions[-2]
-
-    ledger.update(states("b", "c"))
-    batch = ledger.batch(0.0)
-    assert not changed()
-    ledger.acknowledge(batch, rejected(batch, "b"), 0.0)
-    assert changed()
-    batch = ledger.batch(0.0)
-    ledger.acknowledge(batch, applied(batch), 0.0)
-    assert not changed()
-    ledger.update(states("b", port=2))
-    assert changed()
-    assert ledger.quarantined == {}
-
-
 def test_culprit_that_changed_meanwhile_is_not_set_aside():
     ledger = ledger_with("a")
     ledger.update(states("b"))

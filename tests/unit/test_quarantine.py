@@ -7,7 +7,9 @@ from math import inf
 from hypothesis import given
 from hypothesis import strategies as st
 
-from proxycore.model import ServicePortName
+from proxycore.backend import ApplyResult, Failure
+from proxycore.delta import Ledger
+from proxycore.model import ServicePortName, ServiceState
 from proxycore.quarantine import Quarantine
 
 NAMES = [ServicePortName("default", f"s{number}", "", "TCP", "IPv4") for number in range(5)]
@@ -83,3 +85,23 @@ def test_what_is_over_is_forgotten():
         quarantine.hold(NAMES[1], "no", 1.0)
         quarantine.release(NAMES[1])
     assert len(quarantine._times) < 200
+
+
+def test_the_ledger_tells_when_what_is_set_aside_changes():
+    ledger = Ledger()
+    good, bad = NAMES[:2]
+    ledger.update({name: ServiceState(name=name) for name in (good, bad)})
+    batch = ledger.batch(0.0)
+    version = ledger.version
+    failed = (Failure(name=bad, why="no"),)
+    ledger.acknowledge(batch, ApplyResult(generation=batch.generation, failed=failed), 0.0)
+    assert set(ledger.quarantined) == {bad}
+    assert ledger.version > version
+    version = ledger.version
+    ledger.update({good: None})
+    batch = ledger.batch(0.0)
+    ledger.acknowledge(batch, ApplyResult(generation=batch.generation), 0.0)
+    assert ledger.version == version
+    ledger.update({bad: None})
+    assert ledger.quarantined == {}
+    assert ledger.version > version
