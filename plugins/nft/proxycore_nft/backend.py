@@ -52,6 +52,7 @@ class NftBackend:
         self._kernel: Kernel | None = None
         self._tables: dict[Family, LiveTable] = {}
         self._host: HostState | None = None
+        self._takes_over = False
         self._base = 0
         """Generations of the ruleset that others have caused."""
         self._own = 0
@@ -84,6 +85,7 @@ class NftBackend:
         self._kernel = self._open_kernel()
         self._tables = {}
         self._host = context.host
+        self._takes_over = context.takeover == "auto"
         self._base = self._kernel.generation()
         notes: list[str] = []
         for family in context.families:
@@ -181,8 +183,21 @@ class NftBackend:
             generation=batch.generation, failed=tuple(failed), operations=transaction.operations
         )
 
+    def _without_kube_proxy(self) -> str:
+        """Text that takes away the tables of kube-proxy's nftables mode, where there are any."""
+        kernel = self._require()
+        return "".join(
+            f"delete table {nft} {offline.KUBE_PROXY_TABLE}\n"
+            for nft in (table.nft for table in self._tables.values())
+            if offline.KUBE_PROXY_TABLE in kernel.tables(nft)
+        )
+
     def _switch(self) -> None:
         text = "".join(table.switch_text() for table in self._tables.values())
+        if self._takes_over:
+            # In the same transaction: no packet meets both, and none meets neither.
+            self._takes_over = False
+            text += self._without_kube_proxy()
         if not text:
             return
         self._require().load(text)

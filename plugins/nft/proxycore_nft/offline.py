@@ -57,6 +57,9 @@ def _census(
     open_kernel: Callable[[], Kernel], context: BackendContext, problems: list[str], warnings: list[str]
 ) -> None:
     """Who else translates Services here?"""
+    fate = "it is removed as ours come into force (takeover: auto); kube-proxy itself must not run beside us"
+    if context.takeover == "leave":
+        fate = "both translate Services until it is removed, by kube-proxy --cleanup (takeover: leave)"
     kernel = open_kernel()
     try:
         for nft in ("ip", "ip6"):
@@ -70,9 +73,7 @@ def _census(
                 if context.takeover == "refuse":
                     problems.append(f"{found} (takeover: refuse)")
                 else:
-                    warnings.append(
-                        f"{found}: both translate Services until it is removed (kube-proxy --cleanup)"
-                    )
+                    warnings.append(f"{found}: {fate}")
     finally:
         kernel.close()
 

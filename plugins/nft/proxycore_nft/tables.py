@@ -392,11 +392,12 @@ class LiveTable:
         where = f"table {self.nft} {self.mirror.name}"
         if self.mirror.name not in self.kernel.tables(self.nft):
             self._broken = True
-            return [Drift(service=None, what=f"{where} is gone")]
+            return [Drift(service=None, what=f"{where} is gone"), *self._all_hit("has no rules")]
         missing = skeleton.SET_NAMES - self.kernel.sets(self.nft, self.mirror.name)
         if missing:
             self._broken = True
-            return [Drift(service=None, what=f"{where}: set {name} is gone") for name in sorted(missing)]
+            gone = [Drift(service=None, what=f"{where}: set {name} is gone") for name in sorted(missing)]
+            return gone + self._all_hit(f"may not be served: {', '.join(sorted(missing))} is gone")
         drift: list[Drift] = []
         if self.mirror.name in self.kernel.dormant(self.nft):
             drift.append(Drift(service=None, what=f"{where} was made dormant"))
@@ -413,6 +414,7 @@ class LiveTable:
             drift += rows.compare_verdicts(self.mirror, self.kernel)
             if drift:
                 self._broken = True
+                drift += self._all_hit("may not be served: chains, rules or verdicts were changed")
             elements = rows.compare(self.mirror, self.kernel)
         except KernelError as error:
             if error.errno != errno.ENOENT:
@@ -422,6 +424,16 @@ class LiveTable:
         if elements:
             self._dirty = True
         return drift + elements
+
+    def _all_hit(self, how: str) -> list[Drift]:
+        """Every Service port of the table, up to as many as are named one by one."""
+        names = list(self.mirror.entries)
+        shown = [
+            Drift(service=name, what=f"{how} in {self.nft} {self.mirror.name}")
+            for name in names[: rows.DRIFT_SHOWN]
+        ]
+        more = len(names) - len(shown)
+        return shown + ([Drift(service=None, what=f"and {more} Service ports more")] if more > 0 else [])
 
     def inspect(self, name: ServicePortName) -> tuple[KernelObject, ...]:
         """The elements of one Service port that are in the kernel now."""

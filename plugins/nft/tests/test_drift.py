@@ -31,7 +31,14 @@ def settled(node):
 
 
 def found(node) -> list[tuple[str | None, str]]:
-    """What a look without `deep` finds: (Service, text)."""
+    """What a look without `deep` finds: (Service, text); who is hit by a change of what all share is left out."""
+    return [(service, what) for service, what in all_found(node) if not what.startswith(HIT)]
+
+
+HIT = ("has no rules", "may not be served")
+
+
+def all_found(node) -> list[tuple[str | None, str]]:
     node.backend._verify_after = 0.0
     verification = node.verify()
     assert verification.checked
@@ -253,3 +260,11 @@ def test_what_others_do_elsewhere_is_no_drift(settled):
     settled.nft("add", "table", "inet", "mine")
     assert found(settled) == []
     assert not settled.verify().checked
+
+
+def test_every_service_is_named_when_its_table_is_gone(settled):
+    mirror = settled.backend._tables["IPv4"].mirror
+    names = {str(name) for name in mirror.entries}
+    settled.nft("delete", "table", "ip", mirror.name)
+    hit = {service for service, what in all_found(settled) if what == f"has no rules in ip {mirror.name}"}
+    assert hit == names != set()
