@@ -5,6 +5,8 @@ Few classes, each of which says what state you are in after it.  `InternalError`
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 
 class ProxyError(Exception):
     """Base of all errors of proxycore.  The message is one sentence for the person at 3 a.m."""
@@ -14,13 +16,24 @@ class ConfigError(ProxyError):
     """Configuration cannot be used; nothing was touched.
 
     `field` is the path of the value (`iptables.masqueradeBit`), `file` where it stands, if in a file.
+    `lines`: everything that is wrong, one sentence each, which stand for the message where they are given;
+    the others are about the first.  `warnings`: what else was odd.
     """
 
-    def __init__(self, message: str, *, field: str | None = None, file: str | None = None) -> None:
+    def __init__(
+        self,
+        message: str = "",
+        *,
+        field: str | None = None,
+        file: str | None = None,
+        lines: Sequence[str] = (),
+        warnings: Sequence[str] = (),
+    ) -> None:
         self.field = field
         self.file = file
-        where = ": ".join(part for part in (file, field) if part)
-        super().__init__(f"{where}: {message}" if where else message)
+        self.warnings = tuple(warnings)
+        self.lines = tuple(lines) or (": ".join(part for part in (file, field, message) if part),)
+        super().__init__("; ".join(self.lines))
 
 
 class DecodeError(ProxyError):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import msgspec
 
-from .config import Loaded, load
+from .config import Flag, Loaded, load
 from .config.model import Takeover
 from .errors import ConfigError
 from .logs import Format as LogFormat
@@ -45,7 +45,7 @@ class RunOptions(msgspec.Struct, frozen=True, kw_only=True):
 
 def resolve(
     files: Sequence[str],
-    flags: Mapping[str, str],
+    flags: Mapping[str, object],
     environ: Mapping[str, str],
     *,
     pace: float | None = None,
@@ -74,12 +74,12 @@ def resolve(
     )
 
 
-def assignments(pairs: Sequence[str]) -> dict[str, str]:
-    """`FIELD=VALUE` texts as a mapping.  Raises ConfigError: one is not of that form."""
-    result: dict[str, str] = {}
+def assignments(pairs: Sequence[str]) -> dict[str, Flag]:
+    """`FIELD=VALUE` texts of `--set` as a mapping.  Raises ConfigError: one is not of that form."""
+    result: dict[str, Flag] = {}
     for pair in pairs:
         field, equals, value = pair.partition("=")
         if not equals or not field:
             raise ConfigError(f"--set {pair!r}: write FIELD=VALUE, such as clusterCIDR=10.244.0.0/16")
-        result[field] = value
+        result[field] = Flag(value, f"--set {field}")
     return result

@@ -128,11 +128,17 @@ Verbosity = Annotated[
 TraceHooks = Annotated[bool, typer.Option("--trace-hooks", help="Print each call of a plugin's hook.")]
 
 
-def _flags(set_: list[str] | None, **fields: str | None) -> dict[str, str]:
+_OWN_FLAGS = {"hostnameOverride": "--node-name", "logging.format": "--log-format", "logging.verbosity": "-v"}
+"""Flags that are not called as their field is."""
+
+
+def _flags(set_: list[str] | None, **fields: str | None) -> dict[str, object]:
     """Flags by field path; a flag of its own beats `--set`."""
+    from ..config import Flag
     from ..options import assignments
 
-    named = {field.replace("__", "."): value for field, value in fields.items() if value is not None}
+    given = {field.replace("__", "."): value for field, value in fields.items() if value is not None}
+    named = {field: Flag(value, _OWN_FLAGS.get(field, f"--{field}")) for field, value in given.items()}
     return {**assignments(set_ or []), **named}
 
 

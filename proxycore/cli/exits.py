@@ -61,13 +61,18 @@ def exit_code(error: Exception) -> Exit:
 
 def report(error: Exception) -> Exit:
     """Say why a command ended, and give its code."""
-    from ..errors import InternalError, ProxyError
+    from ..errors import ConfigError, InternalError, ProxyError
 
     if os.environ.get(TRACEBACK):
         import traceback
 
         traceback.print_exception(error)
-    if isinstance(error, ProxyError) and not isinstance(error, InternalError):
+    if isinstance(error, ConfigError):
+        for warning in error.warnings:
+            say(f"warning: {warning}")
+        for line in error.lines:
+            say(f"error: {line}")
+    elif isinstance(error, ProxyError) and not isinstance(error, InternalError):
         say(f"error: {error}{_hint(error)}")
     elif isinstance(error, OSError) and error.strerror:
         say(f"error: {': '.join(str(part) for part in (error.filename, error.strerror) if part)}")

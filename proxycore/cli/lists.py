@@ -175,7 +175,7 @@ def _cleanup_context(options: RunOptions) -> BackendContext:
 
 
 def show_config(
-    files: Sequence[str], flags: Mapping[str, str], environ: Mapping[str, str], format: Format
+    files: Sequence[str], flags: Mapping[str, object], environ: Mapping[str, str], format: Format
 ) -> None:
     """`proxyctl config show`."""
     loaded = load([Path(file) for file in files], flags, environ)

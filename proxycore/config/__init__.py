@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from .dump import dump
-from .load import load
+from .load import Flag, load
 from .model import Config, Conntrack, DetectLocalMode, Loaded, Takeover
 
-__all__ = ["Config", "Conntrack", "DetectLocalMode", "Loaded", "Takeover", "dump", "load"]
+__all__ = ["Config", "Conntrack", "DetectLocalMode", "Flag", "Loaded", "Takeover", "dump", "load"]

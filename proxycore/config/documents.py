@@ -8,11 +8,11 @@ from pathlib import Path
 
 import msgspec
 
-from ..errors import ConfigError, DecodeError
+from ..errors import DecodeError
 from ..yamlio import Document, load_documents
 from .field import API_VERSIONS, Field
 from .fields import BY_PATH
-from .values import check, is_blank, is_zero, typed
+from .values import check, describe, is_blank, is_zero, typed
 
 MAX_BYTES = 1 << 20
 MAX_ALIASES = 100
@@ -57,10 +57,12 @@ _SECTIONS: dict[str, frozenset[str]] = {
 
 
 def read_files(files: Sequence[Path]) -> Written:
-    """All settings of these files.  Raises ConfigError for a file that cannot be read or is not YAML."""
+    """All settings of these files; a file that cannot be read or is not YAML is a problem."""
     written = Written()
     for file in files:
         documents = _load(file, written)
+        if documents is None:
+            continue
         for document in documents:
             _take_document(document, str(file), written)
         if not documents:
@@ -68,8 +70,10 @@ def read_files(files: Sequence[Path]) -> Written:
     return written
 
 
-def _load(file: Path, written: Written) -> list[Document]:
-    text = _read(file)
+def _load(file: Path, written: Written) -> list[Document] | None:
+    text = _read(file, written)
+    if text is None:
+        return None
     try:
         return _parse(text, file)
     except DecodeError as strict:
@@ -77,9 +81,8 @@ def _load(file: Path, written: Written) -> list[Document]:
         try:
             documents = _parse(text, file, allow_duplicates=True)
         except DecodeError:
-            line = strict.subject.removeprefix(f"{file}:")
-            at = f" (line {line})" if line.isdigit() else ""
-            raise ConfigError(f"{strict.reason}{at}", file=str(file)) from None
+            written.problems.append(Problem(str(file), None, strict.subject, strict.reason))
+            return None
         written.warnings.append(f"{strict}; the last one counts")
         return documents
 
@@ -95,20 +98,22 @@ def _parse(text: str, file: Path, *, allow_duplicates: bool = False) -> list[Doc
     )
 
 
-def _read(file: Path) -> str:
+def _read(file: Path, written: Written) -> str | None:
+    where = str(file)
     try:
         with file.open("rb") as stream:
             data = stream.read(MAX_BYTES + 1)
-    except (OSError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) else str(error)
-        raise ConfigError(f"cannot be read: {reason}", file=str(file)) from None
-    if len(data) > MAX_BYTES:
-        raise ConfigError(f"is longer than the {MAX_BYTES} bytes that are read", file=str(file))
-    try:
-        return data.decode()
+        if len(data) <= MAX_BYTES:
+            return data.decode()
+        reason = f"is longer than the {MAX_BYTES} bytes that are read"
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
-        raise ConfigError(f"is not UTF-8 text (line {line})", file=str(file)) from None
+        where = f"{file}:{line}"
+        reason = "is not UTF-8 text"
+    except (OSError, ValueError) as error:
+        reason = f"cannot be read: {error.strerror if isinstance(error, OSError) else error}"
+    written.problems.append(Problem(str(file), None, where, reason))
+    return None
 
 
 def _take_document(document: Document, file: str, written: Written) -> None:
@@ -165,6 +170,8 @@ class _Section:
     def _set(self, field: Field, path: tuple[str, ...], value: object) -> None:
         if value is None:
             return
+        if field.type == "bools" and isinstance(value, Mapping):
+            value = self._bools(field, path, value)
         try:
             decoded = typed(field, value)
             unset = is_blank if field.treatment == "ignored" else is_zero
@@ -176,6 +183,17 @@ class _Section:
             return
         where = self._where(path)
         self._written.settings[field.path] = Setting(decoded, self._file, where, self._file)
+
+    def _bools(self, field: Field, path: tuple[str, ...], value: Mapping[str, object]) -> dict[str, bool]:
+        """Those that are booleans; each of the others is a problem of its own."""
+        found: dict[str, bool] = {}
+        for name, part in value.items():
+            if isinstance(part, bool):
+                found[name] = part
+            else:
+                reason = f"must be true or false, not {describe(part)}"
+                self._problem(f"{field.path}.{name}", (*path, name), reason)
+        return found
 
     def _problem(self, field: str, path: tuple[str, ...], reason: str) -> None:
         self._written.problems.append(Problem(self._file, field, self._where(path), reason))

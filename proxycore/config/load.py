@@ -7,6 +7,7 @@ import re
 from collections.abc import Mapping, Sequence, Set
 from pathlib import Path
 from types import MappingProxyType
+from typing import NamedTuple
 
 from ..errors import ConfigError
 from .documents import Problem, Setting, Written, read_files
@@ -17,6 +18,15 @@ from .resolve import Resolver
 from .values import check, is_zero, typed_text
 
 _PREFIX = "PROXYCORE_"
+
+
+class Flag(NamedTuple):
+    """A flag's value, and how the flag was written, for messages."""
+
+    value: object
+    where: str
+
+
 # A Service named proxycore, or proxycore-something, leaves such variables in every pod of its namespace.
 _SERVICE_LINK = re.compile(r"PROXYCORE_(?:.*_)?(?:SERVICE_(?:HOST|PORT)(?:_.*)?|PORT(?:_[0-9]+_.*)?)\Z")
 
@@ -31,7 +41,10 @@ def load(
     `flags`: by the field's path (`nftables.masqueradeBit`), by its name in command lines (`verify-interval`), or by
     kube-proxy's flag (`masquerade-all`); `_` may stand for `-`; None: not given.
 
-    Raises ConfigError for everything that is wrong at once, with the first field in `.field`; nothing was touched.
+    A value may be a Flag, which says how the flag was written.
+
+    Raises ConfigError for everything that is wrong at once, with the first field in `.field` and warnings in
+    `.warnings`; nothing was touched.
     """
     written = read_files(files)
     settings = dict(written.settings)
@@ -42,7 +55,7 @@ def load(
     config = resolver.config()
     problems = written.problems + [p for p in resolver.problems if not _follows(p, broken)]
     if problems or config is None:
-        raise _error(problems)
+        raise _error(problems, files, written.warnings + resolver.warnings)
     return Loaded(
         config=config,
         warnings=tuple(written.warnings + resolver.warnings),
@@ -57,21 +70,26 @@ def _follows(problem: Problem, broken: Set[str | None]) -> bool:
     return not problem.where and not broken.isdisjoint({None, "kind", "apiVersion", section, problem.field})
 
 
-def _error(problems: list[Problem]) -> ConfigError:
-    """One error for all problems; the first one's file and field are the error's."""
+def _error(problems: list[Problem], files: Sequence[Path], warnings: list[str]) -> ConfigError:
+    """One error for all problems, in the order of the files' lines; the first one's file and field are the error's."""
+    order = {str(file): number for number, file in reversed(list(enumerate(files)))}
+    problems = sorted(problems, key=lambda p: (order.get(p.file or "", len(order)), _line(p)))
     first = problems[0]
-    parts = [_sentence(first)]
-    parts += [": ".join(filter(None, (p.file, p.field, _sentence(p)))) for p in problems[1:]]
-    return ConfigError("; ".join(parts), field=first.field, file=first.file)
+    lines = [_sentence(problem) for problem in problems]
+    return ConfigError(field=first.field, file=first.file, lines=lines, warnings=warnings)
+
+
+def _line(problem: Problem) -> int:
+    line = problem.where.removeprefix(f"{problem.file}:")
+    return int(line) if problem.file is not None and line.isdigit() else 0
 
 
 def _sentence(problem: Problem) -> str:
-    """The reason, and where exactly it stands."""
-    where = problem.where
-    if problem.file is not None:
-        line = where.removeprefix(f"{problem.file}:")
-        where = f"line {line}" if line != where else ""
-    return f"{problem.reason} ({where})" if where else problem.reason
+    """`file:line: field: reason`, or the variable or flag in the place of file and line."""
+    where, field = problem.where, problem.field
+    if problem.file is None and field and re.search(rf"(\A--|\s){re.escape(field)}\Z", where):
+        field = None  # named already
+    return ": ".join(part for part in (where, field, problem.reason) if part)
 
 
 def _environment(environ: Mapping[str, str], written: Written) -> dict[str, Setting]:
@@ -92,16 +110,17 @@ def _environment(environ: Mapping[str, str], written: Written) -> dict[str, Sett
 
 def _flags(flags: Mapping[str, object], written: Written) -> dict[str, Setting]:
     found: dict[str, Setting] = {}
-    for name, value in flags.items():
+    for name, given in flags.items():
+        value, where = given if isinstance(given, Flag) else (given, f"--{name.replace('_', '-')}")
         if value is None:
             continue
         fields = _FLAGS.get(name.replace("_", "-")) or ((BY_PATH[name],) if name in BY_PATH else ())
         if not fields:
             close = difflib.get_close_matches(name, [*_FLAGS, *BY_PATH], n=1, cutoff=0.7)
             hint = f"; did you mean {close[0]}?" if close else ""
-            written.problems.append(Problem(None, name, "", f"is no field and no flag{hint}"))
+            written.problems.append(Problem(None, name, where, f"is no field and no flag{hint}"))
         for field in fields:
-            _take(field, value, f"--{name.replace('_', '-')}", "flag", written, found, shared=len(fields) > 1)
+            _take(field, value, where, "flag", written, found, shared=len(fields) > 1)
     return found
 
 

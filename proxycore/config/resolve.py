@@ -128,6 +128,12 @@ class Resolver:
         nanoseconds: int = self.values[path]
         return nanoseconds / SECOND
 
+    def _unsure(self, *paths: str) -> bool:
+        """Is one of these wrong, or may it have been written where it could not be read?"""
+        if any(problem.field in paths for problem in self.problems):
+            return True
+        return any(path in self._broken for path in (*paths, None, "kind", "apiVersion"))
+
     def _written(self, path: str) -> bool:
         """Has somebody set it to something that differs from the default?"""
         setting = self._settings.get(path)
@@ -285,11 +291,11 @@ class Resolver:
                     check_interface(text)
                 except ValueError as error:
                     self._problem(path, str(error))
-                if mode != wanting:
+                if mode != wanting and not self._unsure("detectLocalMode"):
                     self._no_effect([path], f"detectLocalMode is {mode}")
             elif mode == wanting:
                 self._problem(path, f"is required by detectLocalMode {mode}")
-        if mode != "ClusterCIDR" and self._written("clusterCIDR"):
+        if mode != "ClusterCIDR" and not self._unsure("detectLocalMode") and self._written("clusterCIDR"):
             self._no_effect(["clusterCIDR"], f"detectLocalMode is {mode}")
         return found
 
@@ -355,6 +361,8 @@ class Resolver:
 
     def _warn_about_other_modes(self, backend: str, mode: str) -> None:
         """Settings of a mode that is not in use, named once for each section."""
+        if self._unsure("mode", "backend"):
+            return
         for section in MODES:
             idle = [
                 path

@@ -45,7 +45,7 @@ def typed(field: Field, raw: object) -> object:
             return dict(raw)
         case "any":
             return raw
-    raise ValueError(f"must be {_WANTED[field.type]}, not {_describe(raw)}")
+    raise ValueError(f"must be {_WANTED[field.type]}, not {describe(raw)}")
 
 
 def typed_text(field: Field, raw: object) -> object:
@@ -94,7 +94,8 @@ _WANTED = {
 }
 
 
-def _describe(raw: object) -> str:
+def describe(raw: object) -> str:
+    """What it is, in a few words."""
     if isinstance(raw, Mapping):
         return "a mapping"
     if isinstance(raw, list):
@@ -114,7 +115,7 @@ def _duration(field: Field, raw: object) -> int:
         if field.path == "logging.flushFrequency" and 0 <= raw < _INT64:
             return raw
         raise ValueError(f"{raw} has no unit: write {raw}s for seconds")
-    raise ValueError(f"must be {_WANTED['duration']}, not {_describe(raw)}")
+    raise ValueError(f"must be {_WANTED['duration']}, not {describe(raw)}")
 
 
 def _from_text(field: Field, text: str) -> object:

@@ -265,3 +265,29 @@ def test_validate_names_a_choice_that_is_not_available(
     assert len(lines) == len(said) + 1
     for line, words in zip(lines, said, strict=False):
         assert line.startswith(f"proxyctl: warning: {words}")
+
+
+def test_errors_stand_one_a_line_with_what_is_unknown(proxyctl: Run, tmp_path: Path) -> None:
+    file = tmp_path / "c.yaml"
+    file.write_text(f"{HEAD}future: 1\nclusterCIDR: x\nmode: y\n")
+    code, out, err = proxyctl("config", "validate", file)
+    assert (code, out) == (2, "")
+    assert [line.partition(f"{tmp_path}/")[::2] for line in err.splitlines()] == [
+        ("proxyctl: warning: ", "c.yaml:3: future: is unknown and ignored"),
+        ("proxyctl: error: ", "c.yaml:4: clusterCIDR: 'x' is no CIDR such as 10.0.0.0/8 or fd00::/8"),
+        ("proxyctl: error: ", "c.yaml:5: mode: 'y' is none of iptables, ipvs, nftables"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["config", "show", "--set", "mode=xx"], "--set mode: 'xx' is none of iptables, ipvs, nftables"),
+        (["config", "show", "--set", "mdoe=xx"], "--set mdoe: is no field and no flag; did you mean mode?"),
+        (["run", "--backend", "../x"], "--backend: '../x' is not the name of a plugin"),
+        (["run", "--node-name", "a b"], "--node-name: hostnameOverride: 'a b' is no node name"),
+    ],
+)
+def test_a_wrong_flag_is_blamed_as_it_was_written(arguments: list[str], said: str, proxyctl: Run) -> None:
+    code, out, err = proxyctl(*arguments)
+    assert (code, out, err) == (2, "", f"proxyctl: error: {said}\n")
