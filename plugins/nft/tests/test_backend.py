@@ -424,3 +424,15 @@ def test_cleaning_up_takes_every_table_of_ours_and_no_other():
     assert sorted(removed) == ["table ip proxycore", "table ip proxycore-alt", "table ip6 proxycore"]
     assert set(kernel.state) == {("ip", "mine")}
     assert backend.proxycore_backend_cleanup(context()).removed == ()
+
+
+@pytest.mark.parametrize("takeover", ["auto", "leave"])
+def test_kube_proxys_tables_go_with_the_transaction_that_hooks_ours(takeover):
+    kernel = FakeKernel()
+    kernel.load("table ip kube-proxy {\n\tchain services {\n\t}\n}\n")
+    backend = NftBackend(open_kernel=lambda: kernel)
+    backend.proxycore_backend_start(BackendContext(host=HOST, families=("IPv4", "IPv6"), takeover=takeover))
+    assert "kube-proxy" in kernel.tables("ip")
+    assert backend.proxycore_backend_apply(full(numbered(1, 3))).outcome == "applied"
+    assert ("kube-proxy" in kernel.tables("ip")) == (takeover == "leave")
+    assert backend.proxycore_backend_verify(True).drift == ()
