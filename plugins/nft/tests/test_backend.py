@@ -7,6 +7,7 @@ import errno
 import pytest
 
 from proxycore.api import (
+    BackendContext,
     Failure,
     FrontendKind,
     KernelError,
