@@ -91,7 +91,39 @@ def load_documents(
         documents = _load_json(text, where, max_depth)
         if documents is not None:
             return documents
-    return _Builder(where, max_aliases, max_depth, allow_duplicates, with_lines).documents(text)
+    try:
+        return _Builder(where, max_aliases, max_depth, allow_duplicates, with_lines).documents(text)
+    except _NotYAML as error:
+        raise (_json_error(text, where) if _meant_as_json(text, where) else None) or error from None
+
+
+class _NotYAML(DecodeError):
+    """The text is wrong as YAML, rather than beyond a limit."""
+
+
+def _meant_as_json(text: str, where: str) -> bool:
+    """By the file's name, where it tells; else by how the text begins."""
+    if where.endswith((".yaml", ".yml")):
+        return False
+    return where.endswith(".json") or _JSON_START.match(text) is not None
+
+
+_JSON_START = re.compile(r'\s*\{\s*"')
+
+
+def _json_error(text: str, where: str) -> DecodeError | None:
+    """What a JSON parser says to it, None if it is JSON."""
+    decoder = json.JSONDecoder()
+    position = 0
+    try:
+        while (position := _end_of_space(text, position)) < len(text):
+            position = decoder.raw_decode(text, position)[1]
+    except json.JSONDecodeError as error:
+        reason = f"{error.msg[:1].lower()}{error.msg[1:]} (column {error.colno})"
+        return DecodeError(f"{where}:{error.lineno}", f"is not JSON: {reason}")
+    except RecursionError:
+        return None
+    return None
 
 
 def _load_json(text: str, where: str, max_depth: int) -> list[Document] | None:
@@ -115,8 +147,7 @@ def _load_json_stream(text: str, where: str, max_depth: int) -> list[Document] |
     decoder = json.JSONDecoder()
     documents: list[Document] = []
     position = 0
-    space = re.compile(r"\s*")
-    while (position := space.match(text, position).end()) < len(text):  # type: ignore[union-attr]
+    while (position := _end_of_space(text, position)) < len(text):
         try:
             value, end = decoder.raw_decode(text, position)
         except ValueError:
@@ -126,6 +157,15 @@ def _load_json_stream(text: str, where: str, max_depth: int) -> list[Document] |
         documents.append(Document(line=_line_of(text, position), value=value))
         position = end
     return documents
+
+
+def _end_of_space(text: str, position: int) -> int:
+    match = _SPACE.match(text, position)
+    assert match is not None
+    return match.end()
+
+
+_SPACE = re.compile(r"\s*")
 
 
 def _line_of(text: str, position: int) -> int:
@@ -228,11 +268,11 @@ class _Builder:
         except yaml.MarkedYAMLError as error:
             mark = error.problem_mark or error.context_mark
             reason = ", ".join(part for part in (error.context, error.problem) if part)
-            raise self._error(mark.line + 1 if mark else 1, f"is not YAML: {reason}") from None
+            raise self._not_yaml(mark.line + 1 if mark else 1, reason) from None
         except yaml.reader.ReaderError as error:
-            raise self._error(_line_of(text, error.position), f"is not YAML: {error.reason}") from None
+            raise self._not_yaml(_line_of(text, error.position), error.reason) from None
         except yaml.YAMLError as error:
-            raise DecodeError(self._where, f"is not YAML: {error}") from None
+            raise _NotYAML(self._where, f"is not YAML: {error}") from None
         except UnicodeError as error:
             raise DecodeError(self._where, f"is not text: {error}") from None
         finally:
@@ -241,6 +281,9 @@ class _Builder:
 
     def _error(self, line: int, reason: str) -> DecodeError:
         return DecodeError(f"{self._where}:{line}", reason)
+
+    def _not_yaml(self, line: int, reason: str) -> _NotYAML:
+        return _NotYAML(f"{self._where}:{line}", f"is not YAML: {reason}")
 
     def _documents(self, loader: _Events) -> list[Document]:
         found: list[Document] = []

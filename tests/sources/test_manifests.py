@@ -112,7 +112,7 @@ def test_json_mistakes_name_object_and_line():
         (b"a: 1\n\xff\n", 2, "is not text"),
         (b"a: 1\na: 2\n", 2, "stands twice"),
         (b"a: !!python/object:os.system x\n", 1, "tag"),
-        (b'{"a": 1,\n "b": ]\n', 2, "is not YAML"),
+        (b'{"a": 1,\n "b": ]\n', 2, "is not JSON: expecting value (column 7)"),
         (b"a: 1\n--- b\x00\n", 2, "is not YAML"),
         (b"[" * 5000, 1, "is nested deeper"),
     ],

@@ -17,11 +17,7 @@ from proxycore.yamlio import Document, load_documents
 # PyYAML writes these words bare, for a number to it has a dot; to Kubernetes' tools they are numbers.
 TEXT = st.text(max_size=20).filter(lambda text: not re.fullmatch(r"[-+]?[0-9_]+[eE][-+]?[0-9]+", text))
 JSON = st.recursive(
-    st.none()
-    | st.booleans()
-    | st.integers(-(2**63), 2**63 - 1)
-    | st.floats(allow_nan=False)
-    | TEXT,
+    st.none() | st.booleans() | st.integers(-(2**63), 2**63 - 1) | st.floats(allow_nan=False) | TEXT,
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4),
     max_leaves=20,
 )
@@ -157,6 +153,23 @@ def test_empty_documents_are_left_out(text: str) -> None:
 )
 def test_errors_name_the_line_and_the_reason(text: str, message: str) -> None:
     assert refusal(text).startswith(message)
+
+
+@pytest.mark.parametrize(
+    ("where", "text", "message"),
+    [
+        ("f.json", '{"a": 1,\n "b": ]\n', "f.json:2: is not JSON: expecting value (column 7)"),
+        ("f.json", '{"a": 1}\n{"b": [1}\n', "f.json:2: is not JSON: expecting ',' delimiter (column 9)"),
+        ("f.json", "[1,\n", "f.json:2: is not JSON: expecting value (column 1)"),
+        ("", '{"a": 1,\n', ":2: is not JSON: expecting property name enclosed in double quotes (column 1)"),
+        ("f.yaml", '{"a": 1,\n', "f.yaml:2: is not YAML: while parsing a flow node"),
+        ("", "{a: 1,\n", ":2: is not YAML: while parsing a flow node"),
+    ],
+)
+def test_what_is_meant_as_json_is_blamed_as_json(where: str, text: str, message: str) -> None:
+    with pytest.raises(DecodeError) as caught:
+        load_documents(text, where=where)
+    assert str(caught.value).startswith(message)
 
 
 def test_duplicate_keys_may_be_allowed() -> None:
