@@ -342,7 +342,7 @@ def cleanup(
     output: Output = Format.TABLE,
     trace_hooks: TraceHooks = False,
 ) -> None:
-    """Remove everything that proxycore has programmed on this host, and list it.
+    """Remove everything that proxycore has programmed in this network namespace, and list it.
 
     Services stop working at once.  Nothing of anyone else's is touched.
     """
