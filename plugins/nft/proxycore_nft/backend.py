@@ -193,17 +193,25 @@ class NftBackend:
         )
 
     def _switch(self) -> None:
-        text = "".join(table.switch_text() for table in self._tables.values())
+        """New tables get the hooks, then those that they replace go; a packet may meet both, but never neither."""
+        tables = self._tables.values()
+        text = "".join(table.switch_text() for table in tables)
+        if text:
+            self._load(text)
+            for table in tables:
+                table.switched()
+        text = "".join(table.leave_text() for table in tables)
         if self._takes_over:
-            # In the same transaction: no packet meets both, and none meets neither.
-            self._takes_over = False
             text += self._without_kube_proxy()
-        if not text:
-            return
+        if text:
+            self._load(text)
+        self._takes_over = False
+        for table in tables:
+            table.left()
+
+    def _load(self, text: str) -> None:
         self._require().load(text)
         self._own += 1
-        for table in self._tables.values():
-            table.switched()
 
     # -- offline --
 

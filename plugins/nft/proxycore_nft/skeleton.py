@@ -237,9 +237,18 @@ table {f} {table} {{
 	chain refuse-client {{
 {by_client("refuse")}\
 	}}
-	chain services {{
+	chain frontend {{
+		comment "not translated: something changed while the packet was under way, so it is looked up again"
+		jump client
 		meta priority set {key} map @frontends goto client
-		{at_node} meta priority set {port} map @node-ports goto client
+	}}
+	chain node-port {{
+		jump client
+		meta priority set {port} map @node-ports goto client
+	}}
+	chain services {{
+		meta priority set {key} map @frontends goto frontend
+		{at_node} meta priority set {port} map @node-ports goto node-port
 	}}
 	chain no-endpoints {{
 		comment "new connections to a frontend that were not translated"

@@ -71,6 +71,8 @@ class LiveTable:
         self.hooked = False
         """This table carries traffic; otherwise it does after the next batch."""
         self._replaces: str | None = None
+        self._leaving: str | None = None
+        """A table that was replaced and is still there."""
         self._dirty = True
         """The kernel's elements may differ from the mirror: the next batch writes all of them."""
         self._broken = False
@@ -91,7 +93,10 @@ class LiveTable:
     def open(self) -> str | None:
         """Take over what is there, or make an empty table that sees no packet yet; returns a line about what was found."""
         found = adopt.survey(self.kernel, self.nft)
-        live = next((table for table in found if table.hooked), None)
+        # Two have hooks when a switch was interrupted; the newer one is then the one of our version.
+        ours = skeleton.digest(self.shape)
+        live = next((t for t in found if t.hooked and t.digest == ours), None)
+        live = live or next((t for t in found if t.hooked), None)
         for other in found:
             if other is not live:
                 self._load(f"delete table {self.nft} {other.name}\n")
@@ -99,7 +104,7 @@ class LiveTable:
             self._create(layout.TABLES[0])
             return None
         why = "of another version"
-        if live.digest == skeleton.digest(self.shape):
+        if live.digest == ours:
             if live.complete and self._adopt(live.name):
                 self.hooked = True
                 self._remember_structure()
@@ -142,6 +147,8 @@ class LiveTable:
         """An empty table without hooks, with the usual classes, and its mirror."""
         if name in self.kernel.tables(self.nft):
             self._load(f"delete table {self.nft} {name}\n")
+        if self._leaving == name:
+            self._leaving = None
         self._load(skeleton.table_text(self.shape, name))
         self.mirror = Table(self.family, name)
         self.hooked = False
@@ -345,20 +352,29 @@ class LiveTable:
         return staged
 
     def switch_text(self) -> str:
-        """Text that gives this table the hooks and takes the old table away; empty if it has them."""
-        if self.hooked:
-            return ""
-        text = skeleton.hook_text(self.shape, self.mirror.name)
-        if self._replaces is not None and self._replaces in self.kernel.tables(self.nft):
-            text += f"delete table {self.nft} {self._replaces}\n"
-        return text
+        """Text that gives this table the hooks; empty if it has them."""
+        return "" if self.hooked else skeleton.hook_text(self.shape, self.mirror.name)
 
     def switched(self) -> None:
         """The switch text is in force."""
         if not self.hooked:
             self.hooked = True
-            self._replaces = None
+            self._leaving, self._replaces = self._replaces, None
             self._remember_structure()
+
+    def leave_text(self) -> str:
+        """Text that takes away the table that this one has replaced; empty if there is none.
+
+        It has to be another transaction than the switch: new hooks stand before old ones of the same priority, so that a
+        packet could pass the new ones just before and the old ones just after both change.  Meeting both does no harm.
+        """
+        if self._leaving is None or self._leaving not in self.kernel.tables(self.nft):
+            return ""
+        return f"delete table {self.nft} {self._leaving}\n"
+
+    def left(self) -> None:
+        """The leave text is in force."""
+        self._leaving = None
 
     def _carry_affinity(self, transaction: Transaction, old: str) -> None:
         for item in adopt.affinity(self.kernel, self.nft, old):
