@@ -39,6 +39,8 @@ from .status import Status
 
 RETRY_FIRST_SECONDS = 0.2
 """Pause after a failure that no Service is to blame for; doubled each time, up to the sync period."""
+PROBLEMS_PAUSE = 0.5
+"""So long after a change it is looked at what of it is ignored; a burst is looked at once."""
 DRIFT_PAUSE_MAX = 3.0
 """Longest time between two looks while somebody else keeps changing what is ours."""
 NAMED_IN_LOG = 5
@@ -140,6 +142,8 @@ class Engine:
         self._quarantine: dict[ServicePortName, str] = {}
         self._quarantine_version = -1
         self._named_problems: dict[str, tuple[str, ...]] = {}
+        self._problems_at = float("inf")
+        self._told_host: HostState | None = None
         self._source_health = Health("live")
         self._stopping = False
         self._applied_total = 0
@@ -204,7 +208,7 @@ class Engine:
             return self._clock() + 5.0
         if not self._started:
             return self._start_at
-        due = self._verify_at
+        due = min(self._verify_at, self._problems_at if self._synced else float("inf"))
         if self._may_program():
             work = self._clock() if self._full_reason is not None else self._ledger.next_time(self._clock())
             if work is not None:
@@ -305,11 +309,15 @@ class Engine:
         changed = self._desired.take()
         if changed:
             self._ledger.update(changed, began)
+        if changed or self._desired.host is not self._told_host:
+            self._told_host = self._desired.host
+            self._problems_at = min(self._problems_at, self._clock() + PROBLEMS_PAUSE)
         if self._pending_since is None and self._is_due():
             self._pending_since = self._clock()
 
     def _name_problems(self) -> None:
-        """Log what is ignored and was not said before; done now and then, as it looks at every problem."""
+        """Log what is ignored and was not said before; done some time after a change, as it looks at every problem."""
+        self._problems_at = float("inf")
         problems = dict(self._desired.problems)
         if self._synced and self._desired.store.node is None:
             problems[f"Node {self._settings.node_name}"] = (
@@ -342,6 +350,8 @@ class Engine:
             self._publish()
             return
         now = self._clock()
+        if self._synced and now >= self._problems_at:
+            self._name_problems()
         if not self._started:
             if now >= self._start_at:
                 self._start_backend()
@@ -450,7 +460,6 @@ class Engine:
 
     def _take_verified(self, reply: BackendReply) -> None:
         self._verify_at = self._clock() + self._interval()
-        self._name_problems()
         if reply.error is not None:
             self._log.error("cannot verify", backend=self._backend.name, error=reply.error)
             return
