@@ -18,7 +18,7 @@ from proxycore.yamlio import Document, load_documents
 TEXT = st.text(max_size=20).filter(lambda text: not re.fullmatch(r"[-+]?[0-9_]+[eE][-+]?[0-9]+", text))
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers(-(2**63), 2**63 - 1) | st.floats(allow_nan=False) | TEXT,
-    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(TEXT, inner, max_size=4),
     max_leaves=20,
 )
 
