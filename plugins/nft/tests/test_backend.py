@@ -472,7 +472,7 @@ def test_cleaning_up_takes_every_table_of_ours_and_no_other():
 
 
 @pytest.mark.parametrize("takeover", ["auto", "leave"])
-def test_kube_proxys_tables_go_with_the_transaction_that_hooks_ours(takeover):
+def test_kube_proxys_tables_go_once_ours_have_the_hooks(takeover):
     kernel = FakeKernel()
     kernel.load("table ip kube-proxy {\n\tchain services {\n\t}\n}\n")
     backend = NftBackend(open_kernel=lambda: kernel)
