@@ -84,6 +84,8 @@ class FakeKernel:
         self.refuse: Callable[[str, bytes], str | None] = lambda name, key: None
         self.fail_next: int | None = None
         """errno that the next commit fails with as a whole."""
+        self.lose_next = False
+        """The next commit is done, yet nobody hears of it."""
         self.commits = 0
         self.messages = 0
         self._changes = 0
@@ -193,6 +195,9 @@ class FakeKernel:
         self.state = state
         self.commits += 1
         self.messages += len(bodies)
+        if self.lose_next:
+            self.lose_next = False
+            raise KernelError("the acknowledgement is lost", errno=errno.ETIMEDOUT)
 
     def _apply(self, state: dict[tuple[str, str], FakeTable], body: Body) -> None:
         found = parse_attributes(body.payload)

@@ -25,7 +25,7 @@ from proxycore.api import (
 from . import adopt, classes, encode, layout, rows, skeleton
 from .entry import Entry, TooMany
 from .host import host_elements
-from .kernel import Kernel, Refused
+from .kernel import Kernel, NotSent, Refused
 from .program import Stage, Table
 from .skeleton import Shape
 from .transaction import Transaction
@@ -147,8 +147,6 @@ class LiveTable:
         """An empty table without hooks, with the usual classes, and its mirror."""
         if name in self.kernel.tables(self.nft):
             self._load(f"delete table {self.nft} {name}\n")
-        if self._leaving == name:
-            self._leaving = None
         self._load(skeleton.table_text(self.shape, name))
         self.mirror = Table(self.family, name)
         self.hooked = False
@@ -344,6 +342,8 @@ class LiveTable:
             staged.stage.roll_back()
             if staged.before is not None:
                 self._return_to(staged.before)
+            # Chains may have been made that are not in the mirror; to make them again would double their rules.
+            broken = broken or (doubtful and bool(staged.stage.new_classes))
         self._dirty = self._dirty or doubtful
         self._broken = self._broken or broken
 
@@ -395,8 +395,11 @@ class LiveTable:
             for item in wanted:
                 stage.make_class(item)
             self._commit(transaction)
-        except (TooMany, KernelError):
+        except (TooMany, Refused, NotSent):
             # They are made when they are needed.
+            return
+        except KernelError:
+            self._broken = True
             return
         stage.commit()
         self._remember_classes(stage)
