@@ -178,6 +178,29 @@ def test_an_element_that_is_gone_is_healed_without_blame():
     assert_means(kernel, numbered(1, 4), numbered(2, 3))
 
 
+@pytest.mark.parametrize("count", [5, 30], ids=["usual class", "new class"])
+def test_what_a_lost_transaction_has_done_is_undone(count):
+    """It was in force though nobody heard of it; by the time of the next batch it is wanted no more."""
+    kernel, backend = running(numbered(1, 3))
+    kernel.lose_next = True
+    with pytest.raises(KernelError, match="acknowledgement is lost"):
+        backend.proxycore_backend_apply(batch(numbered(2, count)))
+    assert backend.proxycore_backend_apply(batch(numbered(1, 4))).outcome == "applied"
+    assert_means(kernel, numbered(1, 4))
+    assert backend.proxycore_backend_verify(True).drift == ()
+    assert len(kernel.state) == 2
+
+
+def test_classes_made_ahead_that_nobody_heard_of_are_not_made_twice():
+    kernel, backend = running(numbered(1, 3))
+    backend.proxycore_backend_apply(batch(numbered(1, 100)))
+    kernel.lose_next = True
+    backend.proxycore_backend_verify(False)
+    assert backend.proxycore_backend_apply(batch(numbered(1, 101))).outcome == "applied"
+    assert_means(kernel, numbered(1, 101))
+    assert backend.proxycore_backend_verify(True).drift == ()
+
+
 def test_the_table_gone_under_a_small_batch_is_healed():
     kernel, backend = running(numbered(1, 3), numbered(2, 3))
     kernel.state.clear()

@@ -9,7 +9,7 @@ import errno
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
@@ -320,6 +320,21 @@ class History(RuleBasedStateMachine):
             self._accept(changes, self.host)
         self.kernel.fail_next = None
 
+    @rule(data=st.data())
+    def lost(self, data: st.DataObject) -> None:
+        """The transaction is done, but the answer never comes: what it did that is wanted no more is undone later."""
+        changes = self._draw_changes(data)
+        self.kernel.lose_next = True
+        try:
+            result = self._apply(changes, as_full=False, facts=self.host)
+        except KernelError as error:
+            self._check(error.errno, errno.ETIMEDOUT)
+            self.in_force = False
+        else:
+            assert result.outcome == "applied"
+            self._accept(changes, self.host)
+        self.kernel.lose_next = False
+
     # -- foreign hands --
 
     def _live(self, data: st.DataObject) -> tuple[tuple[str, str], FakeTable]:
@@ -449,8 +464,10 @@ class History(RuleBasedStateMachine):
 
 
 History.TestCase.settings = settings(
-    max_examples=40,
+    max_examples=60,
     stateful_step_count=12,
+    # To shorten a failing history takes minutes; they can be read as they are.
+    phases=[Phase.explicit, Phase.reuse, Phase.generate],
     deadline=None,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
 )
