@@ -80,6 +80,8 @@ class LiveTable:
         self._rules: dict[str, str] = {}
         self._chains: dict[str, skeleton.Hook | None] = {}
         self._near: set[classes.Class] = set()
+        self._classes_needed = 0
+        """How many classes the last new table began with."""
         self._staged: Staged | None = None
         self._facts: tuple[HostState, Shape, Mapping[str, tuple[bytes, ...]]] | None = None
 
@@ -197,7 +199,7 @@ class LiveTable:
         shape, elements = self._facts_of(host)
         # Where all is written anew, the difference is worked out only for the entries that it makes.
         known = bool(self.mirror.entries)
-        if len(self.mirror.classes) > CLASSES_KEPT:
+        if len(self.mirror.classes) > max(CLASSES_KEPT, self._classes_needed + CLASSES_KEPT // 2):
             # Most of them served pools that have another size by now; a new table has only those in use.
             self._broken = True
         whole = full or not self.sound or shape != self.shape
@@ -321,6 +323,8 @@ class LiveTable:
                 self._remember_classes(staged.stage)
         if staged.host is not None or staged.before is not None:
             self._dirty = self._broken = False
+            if staged.before is not None:
+                self._classes_needed = len(self.mirror.classes)
 
     def trust(self) -> None:
         """What was doubtful has been tried and is not the mirror's fault."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import itertools
 
 import pytest
 
@@ -15,7 +16,7 @@ from proxycore.api import (
     NodePortAddresses,
     ServiceState,
 )
-from proxycore_nft import layout, skeleton
+from proxycore_nft import layout, skeleton, tables
 from proxycore_nft.backend import NftBackend
 from proxycore_nft.fake import FakeKernel
 from proxycore_nft.kernel import Element, Refusal, Refused
@@ -504,3 +505,28 @@ def test_kube_proxys_tables_go_once_ours_have_the_hooks(takeover):
     assert backend.proxycore_backend_apply(full(numbered(1, 3))).outcome == "applied"
     assert ("kube-proxy" in kernel.tables("ip")) == (takeover == "leave")
     assert backend.proxycore_backend_verify(True).drift == ()
+
+
+def test_classes_that_no_pool_has_leave_with_a_new_table(monkeypatch):
+    monkeypatch.setattr(tables, "CLASSES_KEPT", 50)
+    kernel, backend = running(numbered(1, 3))
+    names = []
+    for size in range(20, 60):
+        assert backend.proxycore_backend_apply(batch(numbered(1, size))).outcome == "applied"
+        names.append(live_table(kernel, "ip"))
+    assert len(kernel.elements("ip", names[-1], "classes")) <= 75
+    # A new table now and then, not with each batch.
+    changes = sum(one != other for one, other in itertools.pairwise(names))
+    assert 1 <= changes <= 4
+    assert_means(kernel, numbered(1, 59))
+
+
+def test_many_classes_in_use_do_not_bring_a_new_table_with_each_batch(monkeypatch):
+    monkeypatch.setattr(tables, "CLASSES_KEPT", 50)
+    kernel, backend = running(*(numbered(number, 16 + number) for number in range(1, 60)))
+    names = []
+    for size in (3, 4, 5, 6, 7):
+        assert backend.proxycore_backend_apply(batch(numbered(1, size))).outcome == "applied"
+        names.append(live_table(kernel, "ip"))
+    assert len(kernel.elements("ip", names[-1], "classes")) > 50
+    assert len(set(names)) == 1
