@@ -261,6 +261,11 @@ class Ledger:
             return None
         return self._last_good.get(name, None if self._full_failed else desired)
 
+    def in_force(self) -> dict[ServicePortName, ServiceState]:
+        """What the backend has in force; of what is UNKNOWN what it had when it was last known."""
+        known = {name: state for name, state in self._acknowledged.items() if isinstance(state, ServiceState)}
+        return {**known, **self._last_good}
+
     # Answers in
 
     def acknowledge(self, batch: ChangeBatch, result: ApplyResult, now: float) -> None:

@@ -31,7 +31,7 @@ from .dispatch import BackendReply, BackendRunner, ObserverRunner
 from .frontends import RESERVED_PORTS
 from .logs import Log
 from .memory import settle
-from .model import Family, HostState, Protocol, ServicePortName, ServiceState
+from .model import Family, HostState, Protocol, ServicePortName
 from .objects import Node, ServiceCIDR
 from .observer import ObserverContext
 from .source import Event, Health, Synced, Trouble
@@ -384,11 +384,7 @@ class Engine:
         return ChangeBatch(
             # A batch under way is not in it: the observer still has to be told of that.
             generation=self._ledger.generation - (self._ledger.in_flight is not None),
-            changes=tuple(
-                change(name, None, state)
-                for name, state in self._ledger.acknowledged.items()
-                if isinstance(state, ServiceState)
-            ),
+            changes=tuple(change(name, None, state) for name, state in self._ledger.in_force().items()),
             host=HostChange(before=None, after=self._host),
             full=True,
             reason="snapshot",

@@ -8,8 +8,6 @@ import msgspec
 
 from .objects import APIObject, Kind
 
-ALL_KINDS: tuple[Kind, ...] = ("Service", "EndpointSlice", "Node", "ServiceCIDR")
-
 
 class Applied(msgspec.Struct, frozen=True):
     """An object is there now, new or changed; it replaces the one of its kind, namespace and name."""

@@ -73,10 +73,6 @@ class Store:
         return self._slices.get(service, ())
 
     @property
-    def slices_total(self) -> int:
-        return len(self._owner)
-
-    @property
     def service_cidr_objects(self) -> tuple[ServiceCIDR, ...]:
         """All ServiceCIDRs."""
         return tuple(self._service_cidrs.values())

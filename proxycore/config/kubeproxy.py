@@ -9,8 +9,6 @@ INT32 = (1 << 31) - 1
 MODES = {"iptables": "iptables", "ipvs": "ipvs", "nftables": "nft"}
 """kube-proxy's modes, and the backend that each stands for."""
 DEFAULT_MODE = "iptables"
-SECTION_FLAGS = ("iptables-sync-period", "iptables-min-sync-period", "masquerade-all")
-"""kube-proxy's flags that serve the sections iptables and nftables alike."""
 
 _MIN_SYNC = "a positive value is honoured; kube-proxy's default of 1s is not applied: changes need not wait"
 _SYNC = "limits the back-off after a failure and says how long work may wait before the proxy is unwell"

@@ -9,7 +9,7 @@ import errno as errnos
 import os
 import socket
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from types import TracebackType
 from typing import NamedTuple, Self
 
@@ -346,11 +346,6 @@ def attribute(type: int, payload: Buffer) -> bytes:
 def nested(type: int, *children: bytes) -> bytes:
     """An attribute that holds attributes."""
     return attribute(type | NLA_F_NESTED, b"".join(children))
-
-
-def pack_attributes(values: Mapping[int, Buffer]) -> bytes:
-    """Several attributes, in the mapping's order."""
-    return b"".join(attribute(type, payload) for type, payload in values.items())
 
 
 def text_of(payload: Buffer) -> str:

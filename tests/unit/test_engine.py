@@ -352,6 +352,24 @@ def test_a_snapshot_holds_what_is_in_force(rig: Rig) -> None:
     assert [change.name for change in snapshot.changes] == [name_of("a")]
 
 
+def test_a_snapshot_keeps_a_service_of_which_nobody_knows(rig: Rig) -> None:
+    rig.put(service("a", "172.30.0.1"), Synced())
+    rig.backend.next()
+    rig.backend.accept()
+    rig.observer.applied.get(timeout=SECONDS)
+
+    def fail(batch: ChangeBatch) -> ApplyResult:
+        raise KernelError("lost")
+
+    rig.put(endpoints("a", "10.0.0.1"))
+    rig.backend.next()
+    rig.backend.answers.put(fail)
+    rig.observer.failed.get(timeout=SECONDS)
+    snapshot = rig.engine._ask_snapshot()
+    assert snapshot is not None
+    assert [change.name for change in snapshot.changes] == [name_of("a")]
+
+
 def test_a_service_cidr_or_node_object_asks_for_the_host_again(rig: Rig) -> None:
     rig.put(Synced())
     rig.backend.next()

@@ -7,8 +7,6 @@ import socket
 import struct
 from collections.abc import Callable, Iterable
 
-from proxycore.kernel.netlink import parse_attributes, text_of
-
 from . import encode, layout
 from .kernel import Element, parse_element
 
@@ -95,21 +93,6 @@ def element_text(family: str, name: str, item: Element) -> str:
 def element_from_bytes(raw: bytes) -> Element:
     """The element that encode.element() and its like made."""
     return parse_element(memoryview(raw)[4:])
-
-
-def rule_message_text(body: encode.Body) -> str:
-    """A chain or rule message, by its names only: `add chain ip proxycore endpoints-3`."""
-    found = parse_attributes(body.payload)
-    table = text_of(found[1])
-    if body.kind == encode.NEWCHAIN:
-        return f"add chain {body.family} {table} {text_of(found[3])}"
-    name = text_of(found[2])
-    if body.kind == encode.NEWRULE:
-        return f"add rule {body.family} {table} {name} ..."
-    if 3 not in found:
-        return f"flush set {body.family} {table} {name}"
-    verb = "add" if body.kind == encode.NEWSETELEM else "delete"
-    return f"{verb} element {body.family} {table} {name} ..."
 
 
 def key_text(family: str, name: str, key: bytes) -> str:

@@ -150,7 +150,6 @@ class Stage:
         self._hairpin: dict[bytes, int] = {}
         self._host: dict[str, tuple[bytes, ...]] = {}
         self._adding: dict[str, Elements] = {}
-        self.finished = False
 
     # -- Services --
 
@@ -499,7 +498,6 @@ class Stage:
 
     def finish(self) -> None:
         """Write the shared sets; to be called once, after the last put()."""
-        self.finished = True
         for where, counts, changes, key_of in (
             ("cluster-ips", self.table.cluster_ips, self._cluster_ips, bytes),
             ("hairpin", self.table.hairpin, self._hairpin, _twice),
