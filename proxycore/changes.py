@@ -31,7 +31,8 @@ class ServiceChange(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """One Service port before and after.
 
     `before` is what the backend last acknowledged: None if nothing, `UNKNOWN` after a failure that may have been partial.
-    `after` is None when the Service port is to go.  Both are never None.
+    `after` is None when the Service port is to go.  Both are never None.  `trigger_time`: when its earliest cause began, in
+    seconds since the epoch, as `endpoints.kubernetes.io/last-change-trigger-time` tells; None where nothing told.
     """
 
     name: ServicePortName
@@ -39,6 +40,7 @@ class ServiceChange(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     after: ServiceState | None
     cluster: EndpointDelta = NO_DELTA
     local: EndpointDelta = NO_DELTA
+    trigger_time: float | None = None
 
     @property
     def kind(self) -> Literal["added", "updated", "removed"]:

@@ -290,13 +290,13 @@ class ObserverRunner:
         self._context = context
         self._offer("start", context=context)
 
-    def applied(self, batch: ChangeBatch, result: ApplyResult) -> None:
+    def applied(self, batch: ChangeBatch, result: ApplyResult, seconds: float = 0.0) -> None:
         """A batch is in force."""
-        self._offer("applied", batch=batch, result=result)
+        self._offer("applied", batch=batch, result=result, seconds=seconds)
 
-    def failed(self, batch: ChangeBatch, result: ApplyResult) -> None:
+    def failed(self, batch: ChangeBatch, result: ApplyResult, seconds: float = 0.0) -> None:
         """Nothing of a batch came into force."""
-        self._offer("failed", batch=batch, result=result)
+        self._offer("failed", batch=batch, result=result, seconds=seconds)
 
     def drift(self, verification: Verification) -> None:
         """The kernel was found to differ."""
@@ -425,5 +425,6 @@ _RESYNC = _Event("resync", {})
 
 def _applied(batch: ChangeBatch) -> _Event:
     return _Event(
-        "proxycore_observer_applied", {"batch": batch, "result": ApplyResult(generation=batch.generation)}
+        "proxycore_observer_applied",
+        {"batch": batch, "result": ApplyResult(generation=batch.generation), "seconds": 0.0},
     )

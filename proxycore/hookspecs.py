@@ -106,15 +106,16 @@ class ObserverSpec:
         """Before the first batch."""
 
     @hookspec(firstresult=True)
-    def proxycore_observer_applied(self, batch: ChangeBatch, result: ApplyResult) -> None:
+    def proxycore_observer_applied(self, batch: ChangeBatch, result: ApplyResult, seconds: float) -> None:
         """A batch is in force, but for the exceptions in `result`, whose changes `batch` still holds.
 
-        `batch.full` stands for the whole state: sent first, and again after this observer's queue overflowed.
+        `seconds`: how long the backend took.  `batch.full` stands for the whole state: sent first, and again after this
+        observer's queue overflowed, then with 0.0 seconds.
         """
 
     @hookspec(firstresult=True)
-    def proxycore_observer_failed(self, batch: ChangeBatch, result: ApplyResult) -> None:
-        """Nothing of this batch came into force; the engine tries again."""
+    def proxycore_observer_failed(self, batch: ChangeBatch, result: ApplyResult, seconds: float) -> None:
+        """Nothing of this batch came into force; the engine tries again.  `seconds`: how long the backend took."""
 
     @hookspec(firstresult=True)
     def proxycore_observer_drift(self, verification: Verification) -> None:

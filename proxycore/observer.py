@@ -9,12 +9,23 @@ import msgspec
 
 from .backend import BackendInfo
 from .model import HostState
+from .source import APIServer
+from .status import Facts
 
 
 class ObserverContext(msgspec.Struct, frozen=True, kw_only=True):
-    """`healthy()` tells whether the proxy itself is well, from any thread.  `options` are the observer's own settings."""
+    """`healthy()` tells whether the proxy itself is well, `facts()` everything about it; both from any thread.
+
+    `options` are the observer's own settings.  `registry` (a prometheus_client.CollectorRegistry, None where nothing is served) is what
+    /metrics shows: an observer may register metrics of its own.  `mode` is kube-proxy's mode whose settings hold.
+    `api_server`: how the API server is reached where objects come from it, else None.
+    """
 
     host: HostState
     backend: BackendInfo
     healthy: Callable[[], bool]
     options: Mapping[str, Any] = {}
+    facts: Callable[[], Facts] | None = None
+    registry: Any = None
+    mode: str = ""
+    api_server: APIServer | None = None

@@ -46,7 +46,10 @@ class Trouble(msgspec.Struct, frozen=True):
 
 
 class Health(msgspec.Struct, frozen=True):
-    """The source's own state: `stale` while it may be missing changes."""
+    """The source's own state: `stale` while it may be missing changes.
+
+    Tell it when it changes; that a watch ends and is taken up again at once is no change.
+    """
 
     state: Literal["live", "stale", "ended"]
     reason: str = ""
@@ -61,11 +64,26 @@ class Sink(Protocol):
     def put(self, events: list[Event]) -> None: ...
 
 
+class APIServer(msgspec.Struct, frozen=True, kw_only=True):
+    """How the Kubernetes API server is reached; empty texts: as the `kubernetes` source finds it.
+
+    `master`: URL that overrules the one of the kubeconfig.  `qps`, `burst`: limits of our own requests, watches apart;
+    0 or less: no limit.
+    """
+
+    kubeconfig: str = ""
+    context: str = ""
+    master: str = ""
+    qps: float = 5.0
+    burst: int = 10
+
+
 class SourceContext(msgspec.Struct, frozen=True, kw_only=True):
     """`argument` is what stands behind the colon of `--source NAME:ARGUMENT`."""
 
     argument: str
     node_name: str
+    api_server: APIServer = APIServer()
     pace: float | None = None
     """Speed of a recording: 1.0 as it was, None at once."""
 

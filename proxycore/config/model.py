@@ -39,6 +39,10 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
     `node_port_addresses`: canonical CIDRs, `primary`, `localhost`, `all`; never empty.
     `min_sync_period_seconds`: 0 unless somebody wrote a positive value.  `verify_interval_seconds`: 0: never.
     `localhost_node_ports`: node ports are wanted on loopback addresses.
+    `kube_context`: context of the kubeconfig; `master`: URL that overrules the kubeconfig's.
+    `stale_after_seconds`: so long the API server may be out of reach before the node is not ready.
+    `saved_state_file`: the last known good state on disk; empty: the usual place, `none`: not kept.
+    `saved_state_wait_seconds`: at start the source has so long before the saved state is served.
     """
 
     backend: str = "iptables"
@@ -55,8 +59,13 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
     feature_gates: Mapping[str, bool] = {}
     allow_external_ips: bool = True
     kubeconfig: str = ""
+    kube_context: str = ""
+    master: str = ""
     client_qps: float = 5.0
     client_burst: int = 10
+    stale_after_seconds: float = 60.0
+    saved_state_file: str = ""
+    saved_state_wait_seconds: float = 1.0
     log_format: Literal["text", "json"] = "text"
     log_verbosity: int = 0
     hostname_override: str = ""
