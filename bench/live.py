@@ -17,7 +17,8 @@ from proxycore.backend import ApplyResult
 from proxycore.changes import ChangeBatch
 from proxycore.decode import decode_bytes
 from proxycore.dispatch import BackendRunner
-from proxycore.engine import Engine, EngineSettings
+from proxycore.engine import Engine
+from proxycore.inbox import EngineSettings
 from proxycore.objects import Kind
 from proxycore.plugins import load_backend
 from proxycore.runtime import SWITCH_INTERVAL_SECONDS

@@ -95,7 +95,10 @@ def _pool_delta(before: Pool | None, after: Pool | None) -> EndpointDelta:
 
 
 def change(
-    name: ServicePortName, before: ServiceState | Unknown | None, after: ServiceState | None
+    name: ServicePortName,
+    before: ServiceState | Unknown | None,
+    after: ServiceState | None,
+    trigger_time: float | None = None,
 ) -> ServiceChange:
     """The change from `before` to `after`, deltas included."""
     old = before if isinstance(before, ServiceState) else None
@@ -105,4 +108,5 @@ def change(
         after=after,
         cluster=_pool_delta(old.cluster if old else None, after.cluster if after else None),
         local=_pool_delta(old.local if old else None, after.local if after else None),
+        trigger_time=trigger_time,
     )

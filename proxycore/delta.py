@@ -39,6 +39,7 @@ class Ledger:
         self._acknowledged: dict[ServicePortName, ServiceState | Unknown] = {}
         self._last_good: dict[ServicePortName, ServiceState] = {}  # of what is UNKNOWN now
         self._pending: dict[ServicePortName, float | None] = {}  # name: trigger time
+        self._told: dict[ServicePortName, float] = {}  # of pending ones: trigger time that their objects tell
         self._quarantine = Quarantine()
         self._host: HostState | None = None
         self._host_acknowledged: HostState | None = None
@@ -121,13 +122,20 @@ class Ledger:
     # What changes
 
     def update(
-        self, changed: Mapping[ServicePortName, ServiceState | None], trigger_time: float | None = None
+        self,
+        changed: Mapping[ServicePortName, ServiceState | None],
+        trigger_time: float | None = None,
+        told: Mapping[ServicePortName, float] = MappingProxyType({}),
     ) -> None:
         """Take note of new desired states (None: it is to go); each of them leaves quarantine.
 
-        `trigger_time`: seconds since the epoch at which the earliest cause began.
+        `trigger_time`: seconds since the epoch at which the earliest cause began; `told`: of those whose objects say when.
         """
         for name, state in changed.items():
+            if name in told:
+                known = self._told.get(name)
+                began = told[name]
+                self._told[name] = began if known is None or name in self._tried else min(known, began)
             if state is None:
                 self._desired.pop(name, None)
             else:
@@ -161,6 +169,7 @@ class Ledger:
         self._host_alone = False
         self._worked(0.0)
         self._pending = dict.fromkeys(self._desired, None)
+        self._told.clear()
         self._full_reason = reason
 
     # Batches out
@@ -232,7 +241,7 @@ class Ledger:
         return len(self._pending) > len(self._quarantine)  # what is quarantined is pending
 
     def _change(self, name: ServicePortName) -> ServiceChange:
-        return change(name, self._acknowledged.get(name), self._desired.get(name))
+        return change(name, self._acknowledged.get(name), self._desired.get(name), self._told.get(name))
 
     def _full_changes(self, names: Iterable[ServicePortName]) -> tuple[ServiceChange, ...]:
         """All that must be in force: the new state of `names`, of what else is pending the one to keep."""
@@ -354,6 +363,8 @@ class Ledger:
                 self._know(name, after)
                 if name in tried:
                     self._quarantine.release(name)
+                if item.trigger_time is not None and self._told.get(name) == item.trigger_time:
+                    del self._told[name]
                 self._settle(name, None)
                 continue
             exceptions += 1
@@ -429,6 +440,8 @@ class Ledger:
         desired, known = self._desired.get(name), self._acknowledged.get(name)
         if desired is known or (desired is not None and known is not UNKNOWN and desired == known):
             self._pending.pop(name, None)
+            if self._told:
+                self._told.pop(name, None)
             self._quarantine.release(name)
             return
         before = self._pending.get(name)

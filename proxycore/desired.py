@@ -8,6 +8,7 @@ Nothing is resolved before somebody asks, so that a burst of events for one Serv
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from math import inf
 from types import MappingProxyType
 
 import msgspec
@@ -16,9 +17,10 @@ from .claims import Claims, claim_text
 from .errors import InternalError
 from .frontends import RESERVED_PORTS, PlanFacts, ServiceKey, ServicePlan, plan
 from .model import HostState, Protocol, ServicePortName, ServiceState
+from .objects import EndpointSlice
 from .problems import Problem
 from .resolve import Resolution, resolve_plan
-from .source import Event
+from .source import Applied, Deleted, Event, Replaced
 from .store import Store
 
 
@@ -57,8 +59,12 @@ class Desired:
         self._dirty: dict[ServiceKey, None] = {}  # in the order of arrival, which is that of memory
         self._replan: set[ServiceKey] = set()
         self._times: dict[ServiceKey, float] = {}
+        self._told: dict[ServiceKey, float] = {}
         self._taken: dict[ServicePortName, ServiceState | None] = {}  # changed since take(): what it was then
         self._oldest: float | None = None
+        self._triggers: dict[ServicePortName, float] = {}
+        self.endpoint_changes_total = 0
+        self.service_changes_total = 0
         self._with_problems: set[ServiceKey] = set()
         self._zone_users: set[ServiceKey] = set()
         self._node_ip_users: set[ServiceKey] = set()
@@ -98,6 +104,12 @@ class Desired:
         self._settle()
         return self._oldest
 
+    @property
+    def triggers(self) -> dict[ServicePortName, float]:
+        """When the changes that take() would return began, of those whose EndpointSlices tell.  Ask before take()."""
+        self._settle()
+        return self._triggers
+
     def handle(
         self, events: Sequence[Event], host: HostState | None = None, *, arrived: float | None = None
     ) -> None:
@@ -111,6 +123,7 @@ class Desired:
         for event in events:
             touched = self.store.apply(event)
             if touched.services:
+                self._count(event, len(touched.services))
                 self._touch(touched.services, touched.trigger_times, arrived)
         if host is not None and host != self._host:
             self._host_changed(host, arrived)
@@ -121,7 +134,19 @@ class Desired:
         changed = {name: self._states.get(name) for name in self._taken}
         self._taken.clear()
         self._oldest = None
+        self._triggers = {}
         return changed
+
+    def _count(self, event: Event, services: int) -> None:
+        """Of a complete list, each Service that it touches counts as one change."""
+        if isinstance(event, Applied):
+            slices, services = isinstance(event.object, EndpointSlice), 1
+        else:
+            slices = isinstance(event, Deleted | Replaced) and event.kind == "EndpointSlice"
+        if slices:
+            self.endpoint_changes_total += services
+        else:
+            self.service_changes_total += services
 
     def _touch(
         self, services: Iterable[ServiceKey], times: Mapping[ServiceKey, float], arrived: float | None
@@ -131,6 +156,8 @@ class Desired:
             began = times.get(key)
             if began is None or began < self._started:
                 began = arrived
+            elif began < self._told.get(key, inf):
+                self._told[key] = began
             if began is not None:
                 known = self._times.get(key)
                 if known is None or began < known:
@@ -178,6 +205,7 @@ class Desired:
         self._dirty.clear()
         self._replan.clear()
         self._times.clear()
+        self._told.clear()
 
     def _resolve(self, key: ServiceKey, host: HostState, gone: dict[ServiceKey, _Entry]) -> set[ServiceKey]:
         """Resolve one Service.  Returns the Services whose claims were touched by it."""
@@ -223,6 +251,7 @@ class Desired:
         before = {state.name: state for state in entry.granted}
         kept = []
         changed = False
+        told = self._told.get(key) if self._told else None
         for state in granted:
             old = before.pop(state.name, None) if before else None
             if old is not None and old == state:
@@ -231,6 +260,8 @@ class Desired:
             kept.append(state)
             changed = True
             self._note(state.name, old, state)
+            if told is not None and told < self._triggers.get(state.name, inf):
+                self._triggers[state.name] = told
         for name, old in before.items():
             changed = True
             self._note(name, old, None)

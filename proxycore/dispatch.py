@@ -24,6 +24,7 @@ from .changes import ChangeBatch
 from .errors import PluginError
 from .logs import Log
 from .observer import ObserverContext
+from .status import ObserverStatus
 
 BACKEND_ARGUMENTS: dict[str, tuple[str, ...]] = {
     "probe": ("context",),
@@ -268,6 +269,7 @@ class ObserverRunner:
         self._start_again = 0.0
         self._seen = -1
         self._health: _Event | None = None
+        self._error = ""
         self._logged: set[tuple[str, str]] = set()
         self._thread = threading.Thread(target=self._run, name=f"observer-{cell.name}", daemon=True)
         self._thread.start()
@@ -284,6 +286,17 @@ class ObserverRunner:
     def overdue(self) -> str | None:
         """One sentence about the call that is past its deadline, else None."""
         return self._watch.overdue()
+
+    def status(self) -> ObserverStatus:
+        """How it is doing, from any thread."""
+        return ObserverStatus(
+            name=self.name,
+            failed_total=self.failed_total,
+            dropped_total=self.dropped_total,
+            overdue_total=self.overdue_total,
+            overdue=self.overdue() or "",
+            error=self._error,
+        )
 
     def start(self, context: ObserverContext) -> None:
         """Start the observer; comes before all else."""
@@ -404,6 +417,7 @@ class ObserverRunner:
             self._note(hook, error)
             return False
         else:
+            self._error = ""
             return True
         finally:
             self._watch.end()
@@ -411,6 +425,7 @@ class ObserverRunner:
     def _note(self, hook: str, error: BaseException) -> None:
         """Count a failure; log the first of its kind, so that a broken observer does not fill the log."""
         self.failed_total += 1
+        self._error = str(error)
         cause = error.__cause__ if isinstance(error, PluginError) and error.__cause__ is not None else error
         kind = (hook, type(cause).__name__)
         if kind in self._logged:

@@ -16,26 +16,39 @@ A change is programmed at once when the backend is idle; what arrives while it w
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from queue import Empty, SimpleQueue
-from typing import Any, Literal, NamedTuple
+from types import MappingProxyType
+from typing import Any
 
 import msgspec
 
 from .backend import ApplyResult, BackendContext, BackendInfo, Started, Verification
+from .batchlog import NAMED_IN_LOG, log_result
 from .changes import ChangeBatch, HostChange, change
 from .delta import Ledger
 from .desired import Desired
 from .dispatch import BackendReply, BackendRunner, ObserverRunner
-from .frontends import RESERVED_PORTS
+from .inbox import (
+    EngineSettings,
+    HostMayHaveChanged,
+    InboxSink,
+    Item,
+    ReadContents,
+    SetPace,
+    Stop,
+    TakeSnapshot,
+)
 from .logs import Log
 from .memory import settle
-from .model import Family, HostState, Protocol, ServicePortName
+from .model import HostState
 from .objects import Node, ServiceCIDR
 from .observer import ObserverContext
 from .source import Event, Health, Synced, Trouble
-from .status import Status
+from .status import ObserverStatus, Status
+from .store import Contents
+from .tally import Tally
 
 RETRY_FIRST_SECONDS = 0.2
 """Pause after a failure that no Service is to blame for; doubled each time, up to the sync period."""
@@ -43,57 +56,11 @@ PROBLEMS_PAUSE = 0.5
 """So long after a change it is looked at what of it is ignored; a burst is looked at once."""
 DRIFT_PAUSE_MAX = 3.0
 """Longest time between two looks while somebody else keeps changing what is ours."""
-NAMED_IN_LOG = 5
-"""So many Services are named in one log line; more are only counted."""
+BEAT_SECONDS = 5.0
+"""The loop turns at least so often, so that one that hangs can be told from one that has nothing to do."""
 
 HostOf = Callable[[Node | None, Sequence[ServiceCIDR]], HostState]
 """The node's facts from its object and the ServiceCIDRs (and whatever else the function holds, such as addresses)."""
-
-
-class EngineSettings(msgspec.Struct, frozen=True, kw_only=True):
-    """`sync_period_seconds`: longest pause between tries; a change that waits for twice as long makes us unhealthy.
-
-    `min_sync_period_seconds`: shortest time from the end of one batch to the start of the next.
-    """
-
-    node_name: str
-    families: tuple[Family, ...]
-    sync_period_seconds: float = 30.0
-    min_sync_period_seconds: float = 0.0
-    verify_interval_seconds: float = 1.0
-    backend_options: dict[str, Any] = {}
-    takeover: Literal["auto", "refuse", "leave"] = "auto"
-    reserved_ports: frozenset[tuple[int, Protocol]] = RESERVED_PORTS
-    observer_options: dict[str, dict[str, Any]] = {}
-
-
-class _HostMayHaveChanged(NamedTuple):
-    """Something that the host function reads is different now."""
-
-
-class _Stop(NamedTuple):
-    """End the loop."""
-
-
-class _Snapshot(NamedTuple):
-    """Somebody waits for a full batch of all that is in force."""
-
-    answer: Future[ChangeBatch | None]
-
-
-_Item = list[Event] | BackendReply | _HostMayHaveChanged | _Stop | _Snapshot
-
-
-class InboxSink:
-    """Where sources put their events."""
-
-    def __init__(self, inbox: SimpleQueue[_Item]) -> None:
-        self._inbox = inbox
-
-    def put(self, events: list[Event]) -> None:
-        """Hand over events; returns at once."""
-        if events:
-            self._inbox.put(events)
 
 
 class Engine:
@@ -109,13 +76,20 @@ class Engine:
         observers: Callable[[Callable[[], ChangeBatch | None]], Sequence[ObserverRunner]],
         log: Log,
         clock: Callable[[], float] = time.monotonic,
+        changed: Callable[[], None] | None = None,
+        in_force: Callable[[], None] | None = None,
+        for_observers: Mapping[str, Any] = MappingProxyType({}),
     ) -> None:
-        """`backend` and `observers` make the runners, given where to deliver answers and how to get a snapshot."""
+        """`backend` and `observers` make the runners, given where to deliver answers and how to get a snapshot.
+
+        `changed` is called when an object has changed, `in_force` once, when the first batch is in force and the kernel was
+        found to hold it; neither may block.  `for_observers`: what else an ObserverContext is to have, by field.
+        """
         self._settings = settings
         self._host_of = host_of
         self._log = log
         self._clock = clock
-        self._inbox: SimpleQueue[_Item] = SimpleQueue()
+        self._inbox: SimpleQueue[Item] = SimpleQueue()
         self.sink = InboxSink(self._inbox)
         self._info = backend_info
         self._desired = Desired(
@@ -139,18 +113,19 @@ class Engine:
         """Subjects of troubles because of which something is not known."""
         self._adopted = False
         self._said_hold = False
-        self._quarantine: dict[ServicePortName, str] = {}
-        self._quarantine_version = -1
         self._named_problems: dict[str, tuple[str, ...]] = {}
         self._problems_at = float("inf")
         self._told_host: HostState | None = None
-        self._source_health = Health("live")
         self._stopping = False
-        self._applied_total = 0
+        self._changed = changed
+        self._tell_in_force = in_force
+        self._for_observers = for_observers
+        self.beat = clock()
+        """When the loop last turned."""
+        self._tally = Tally(settings.families, time.time())
         self._after_full = False
         """Of what a full batch made, much is free again and the rest is to stay."""
         self._healthy: bool | None = None
-        self._last_success: float | None = None
         self.status = Status()
         self._observers = observers(self._ask_snapshot)
         self._backend = backend(self._inbox.put)
@@ -159,11 +134,11 @@ class Engine:
 
     def stop(self) -> None:
         """End run() soon, leaving everything in force."""
-        self._inbox.put(_Stop())
+        self._inbox.put(Stop())
 
     def host_may_have_changed(self) -> None:
         """Ask the host function again."""
-        self._inbox.put(_HostMayHaveChanged())
+        self._inbox.put(HostMayHaveChanged())
 
     def healthy(self) -> bool:
         """Is the proxy itself well?  (Read from the published status; the backend's deadline is looked at now.)"""
@@ -173,9 +148,42 @@ class Engine:
         since = status.pending_since
         return since is None or self._clock() - since < 2 * self._settings.sync_period_seconds
 
+    def backend_overdue(self) -> str:
+        """One sentence about the backend's call that is past its deadline; empty if none is."""
+        return self._backend.overdue() or ""
+
+    def backend_overdue_total(self) -> int:
+        """Calls of the backend that outlived their deadline."""
+        return self._backend.overdue_total
+
+    def observers(self) -> tuple[ObserverStatus, ...]:
+        """How each observer is doing."""
+        return tuple(observer.status() for observer in self._observers)
+
+    def set_pace(
+        self, *, sync_period_seconds: float, min_sync_period_seconds: float, verify_interval_seconds: float
+    ) -> None:
+        """Go on with these, see EngineSettings."""
+        self._inbox.put(
+            SetPace(
+                msgspec.structs.replace(
+                    self._settings,
+                    sync_period_seconds=sync_period_seconds,
+                    min_sync_period_seconds=min_sync_period_seconds,
+                    verify_interval_seconds=verify_interval_seconds,
+                )
+            )
+        )
+
+    def contents(self, timeout: float = 60.0) -> Contents:
+        """All objects as they are known now.  Raises TimeoutError: the engine did not answer in time."""
+        answer: Future[Contents] = Future()
+        self._inbox.put(ReadContents(answer))
+        return answer.result(timeout)
+
     def _ask_snapshot(self) -> ChangeBatch | None:
         answer: Future[ChangeBatch | None] = Future()
-        self._inbox.put(_Snapshot(answer))
+        self._inbox.put(TakeSnapshot(answer))
         return answer.result(timeout=60)
 
     # -- the loop --
@@ -185,17 +193,18 @@ class Engine:
         self._refresh_host()
         self._start_backend()
         while not self._stopping:
+            self.beat = self._clock()
             for item in self._wait():
                 self._take(item)
             self._collect()
             self._work()
         self._shut_down()
 
-    def _wait(self) -> list[_Item]:
+    def _wait(self) -> list[Item]:
         """All that is in the inbox, waiting for the first until the next thing that is due."""
         timeout = max(0.0, self._next_due() - self._clock())
         try:
-            items: list[_Item] = [self._inbox.get(timeout=min(timeout, 3600.0))]
+            items: list[Item] = [self._inbox.get(timeout=min(timeout, BEAT_SECONDS))]
         except Empty:
             return []
         while not self._inbox.empty():
@@ -205,7 +214,7 @@ class Engine:
     def _next_due(self) -> float:
         if self._backend.busy:
             # A call past its deadline is noticed by looking.
-            return self._clock() + 5.0
+            return self._clock() + BEAT_SECONDS
         if not self._started:
             return self._start_at
         due = min(self._verify_at, self._problems_at if self._synced else float("inf"))
@@ -223,17 +232,21 @@ class Engine:
         due = self._ledger.next_time(self._clock())
         return self._full_reason is not None or (due is not None and due <= self._clock())
 
-    def _take(self, item: _Item) -> None:
+    def _take(self, item: Item) -> None:
         match item:
             case list():
                 self._take_events(item)
             case BackendReply():
                 self._take_reply(item)
-            case _HostMayHaveChanged():
+            case HostMayHaveChanged():
                 self._refresh_host()
-            case _Snapshot(answer):
+            case TakeSnapshot(answer):
                 answer.set_result(self._snapshot())
-            case _Stop():
+            case ReadContents(reader):
+                reader.set_result(self._desired.store.contents())
+            case SetPace(settings):
+                self._take_settings(settings)
+            case Stop():
                 self._stopping = True
 
     def _take_events(self, events: list[Event]) -> None:
@@ -245,16 +258,27 @@ class Engine:
                 case Trouble():
                     self._take_trouble(event)
                 case Health():
-                    if event != self._source_health:
-                        self._log.info("source", state=event.state, reason=event.reason)
-                    self._source_health = event
+                    self._take_health(event)
                 case _:
                     objects.append(event)
         if objects:
-            self._desired.handle(objects, arrived=time.time())
             store = self._desired.store
+            version = store.version
+            self._desired.handle(objects, arrived=time.time())
+            if store.version != version and self._changed is not None:
+                self._changed()
             if (store.node, store.service_cidr_objects) != self._host_inputs:
                 self._refresh_host()
+
+    def _take_health(self, health: Health) -> None:
+        if self._tally.take_health(health, time.time()):
+            tell = self._log.warning if health.state == "stale" else self._log.info
+            tell("source", state=health.state, reason=health.reason)
+
+    def _take_settings(self, settings: EngineSettings) -> None:
+        self._settings = settings
+        if self._verify_at != float("inf") or (self._tally.applied_total and not self._backend.busy):
+            self._verify_at = self._clock() + self._interval()
 
     def _take_trouble(self, trouble: Trouble) -> None:
         subject, reason = trouble.subject, trouble.reason
@@ -277,7 +301,7 @@ class Engine:
         """
         if not self._synced:
             return False
-        if self._applied_total or not self._adopted or not self._missing:
+        if self._tally.applied_total or not self._adopted or not self._missing:
             return True
         if not self._said_hold:
             self._said_hold = True
@@ -291,6 +315,7 @@ class Engine:
     def _refresh_host(self) -> None:
         store = self._desired.store
         self._host_inputs = (store.node, store.service_cidr_objects)
+        self._tally.node_changed(self._desired)
         host = self._host_of(*self._host_inputs)
         if host == self._host:
             return
@@ -305,11 +330,12 @@ class Engine:
         """
         if not self._synced:
             return
-        began = self._desired.oldest_trigger_time
+        began, told = self._desired.oldest_trigger_time, self._desired.triggers
         changed = self._desired.take()
         if changed:
-            self._ledger.update(changed, began)
+            self._ledger.update(changed, began, told)
         if changed or self._desired.host is not self._told_host:
+            self._tally.last_queued = time.time()
             self._told_host = self._desired.host
             self._problems_at = min(self._problems_at, self._clock() + PROBLEMS_PAUSE)
         if self._pending_since is None and self._is_due():
@@ -375,11 +401,12 @@ class Engine:
             if self._ledger.next_time(now) is None:
                 self._pending_since = None
             return
+        self._tally.sent(self._desired)
         self._backend.submit("apply", batch)
 
     def _snapshot(self) -> ChangeBatch | None:
         """A full batch of all that is in force, for an observer that missed events."""
-        if not self._applied_total or self._host is None:
+        if not self._tally.applied_total or self._host is None:
             return None
         return ChangeBatch(
             # A batch under way is not in it: the observer still has to be told of that.
@@ -401,6 +428,7 @@ class Engine:
 
     def _take_started(self, reply: BackendReply) -> None:
         if reply.error is not None:
+            self._tally.refused = f"the backend cannot start: {reply.error}"
             self._log.error("backend cannot start", backend=self._backend.name, error=reply.error)
             self._start_at = self._clock() + self._start_pause
             self._start_pause = min(self._start_pause * 2, self._settings.sync_period_seconds)
@@ -418,7 +446,13 @@ class Engine:
         for observer in self._observers:
             options = self._settings.observer_options.get(observer.name, {})
             observer.start(
-                ObserverContext(host=self._host, backend=self._info, healthy=self.healthy, options=options)
+                ObserverContext(
+                    host=self._host,
+                    backend=self._info,
+                    healthy=self.healthy,
+                    options=options,
+                    **self._for_observers,
+                )
             )
 
     def _take_applied(self, reply: BackendReply) -> None:
@@ -428,31 +462,42 @@ class Engine:
         if reply.error is not None:
             why = str(reply.error)
             self._ledger.lost(batch, why, now)
+            self._tally.refused = why
             self._log.error("backend failed", generation=batch.generation, error=reply.error)
             failure = ApplyResult(generation=batch.generation, outcome="rejected", message=why)
-            self._tell_failed(batch, failure)
+            self._tell_failed(batch, failure, reply.seconds)
             return
         result: ApplyResult = reply.value
         self._ledger.acknowledge(batch, result, now)
-        self._log_result(batch, result, reply.seconds)
+        log_result(self._log, batch, result, reply.seconds)
         if result.outcome == "rejected":
-            self._tell_failed(batch, result)
+            self._tally.refused = result.message or "the backend refused a batch without a reason"
+            self._tell_failed(batch, result, reply.seconds)
             return
-        self._applied_total += 1
+        if batch.full and not self._tally.applied_total and self._adopted and not batch.changes:
+            self._log.warning("the source has no Service: what an earlier run left is removed")
+        self._tally.applied(batch.full, time.time())
         self._after_full = self._after_full or batch.full
-        self._last_success = time.time()
         self._pending_since = now if self._is_due() else None
         if self._verify_at == float("inf"):
             self._verify_at = now + self._interval()
         for observer in self._observers:
-            observer.applied(batch, result)
+            observer.applied(batch, result, reply.seconds)
+        if self._verify_at == float("inf"):
+            self._first_in_force()
+
+    def _first_in_force(self) -> None:
+        """What was programmed is verified, or never will be: whatever waited for it may begin."""
+        tell, self._tell_in_force = self._tell_in_force, None
+        if tell is not None:
+            tell()
 
     def _interval(self) -> float:
         return self._settings.verify_interval_seconds or float("inf")
 
-    def _tell_failed(self, batch: ChangeBatch, result: ApplyResult) -> None:
+    def _tell_failed(self, batch: ChangeBatch, result: ApplyResult, seconds: float) -> None:
         for observer in self._observers:
-            observer.failed(batch, result)
+            observer.failed(batch, result, seconds)
 
     def _take_verified(self, reply: BackendReply) -> None:
         self._verify_at = self._clock() + self._interval()
@@ -462,6 +507,7 @@ class Engine:
         verification: Verification = reply.value
         if not verification.drift:
             self._drifts_in_a_row = max(0, self._drifts_in_a_row - 1)
+            self._first_in_force()
             return
         # Two writers that undo each other's work must not cost a complete rewrite every second.
         self._drifts_in_a_row += 1
@@ -473,54 +519,23 @@ class Engine:
         )
         for observer in self._observers:
             observer.drift(verification)
+        self._tally.drifted(verification.repaired, time.time())
         if not verification.repaired:
             self._full_reason = "drift"
             if self._pending_since is None:
                 self._pending_since = self._clock()
 
-    def _log_result(self, batch: ChangeBatch, result: ApplyResult, seconds: float) -> None:
-        facts: dict[str, object] = {
-            "generation": batch.generation,
-            "changes": len(batch.changes),
-            "operations": result.operations,
-            "ms": round(seconds * 1e3, 2),
-            "reason": batch.reason,
-        }
-        if batch.full:
-            facts["full"] = True
-        if batch.oldest_trigger_time is not None:
-            facts["trigger_to_kernel_ms"] = round((time.time() - batch.oldest_trigger_time) * 1e3, 1)
-        if result.outcome == "rejected":
-            self._log.error("refused, nothing was changed", **facts, why=result.message)
-        else:
-            self._log.info("synced", **facts)
-            if batch.full and not self._applied_total and self._adopted and not batch.changes:
-                self._log.warning("the source has no Service: what an earlier run left is removed")
-        if self._log.debugs():
-            for item in batch.changes:
-                self._log.debug(
-                    item.kind, service=str(item.name), protocol=item.name.protocol, family=item.name.family
-                )
-        for what, failures in (
-            ("not programmed", (*result.failed, *(result.culprits or ()))),
-            ("not supported by this backend", result.unsupported),
-        ):
-            for failure in failures[:NAMED_IN_LOG]:
-                self._log.warning(what, service=str(failure.name), why=failure.why)
-
     # -- what others see --
 
     def _publish(self) -> None:
-        status = Status(
+        status = self._tally.status(
+            self._desired,
+            self._ledger,
             synced=self._synced,
             started=self._started,
-            generation=self._ledger.generation,
-            applied_total=self._applied_total,
-            last_success=self._last_success,
+            idle=self._pending_since is None and not self._backend.busy,
             pending_since=self._pending_since,
-            quarantined=self._quarantined(),
-            troubles=dict(self._troubles) if self._troubles else {},
-            source=self._source_health,
+            troubles=self._troubles,
         )
         if status != self.status:
             self.status = status
@@ -529,12 +544,6 @@ class Engine:
             self._healthy = healthy
             for observer in self._observers:
                 observer.health(healthy, self._backend.overdue() or "")
-
-    def _quarantined(self) -> dict[ServicePortName, str]:
-        if self._ledger.version != self._quarantine_version:
-            self._quarantine_version = self._ledger.version
-            self._quarantine = {name: held.why for name, held in self._ledger.quarantined.items()}
-        return self._quarantine
 
     def _shut_down(self) -> None:
         for observer in self._observers:

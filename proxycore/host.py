@@ -24,11 +24,14 @@ from .model import (
     family_of,
 )
 from .objects import LABEL_ZONE, Node, ServiceCIDR
+from .status import NodeStatus
 
 Scope = Literal["global", "site", "link", "host"]
 
 VIRTUAL_INTERFACES = frozenset({"kube-ipvs0"})
 """Interfaces that hold addresses of Services, put there by kube-proxy's ipvs mode: they are not the node's own."""
+
+AUTOSCALER_TAINT = "ToBeDeletedByClusterAutoscaler"
 
 _Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 
@@ -57,6 +60,17 @@ def reserved_ports(config: Config) -> frozenset[tuple[int, Protocol]]:
         if address
     }
     return RESERVED_PORTS | {(port, "TCP") for port in own}
+
+
+def node_status(node: Node | None) -> NodeStatus:
+    """May load balancers and the autoscaler count on this node?  Semantics: KEP-3836 and kube-proxy's /healthz."""
+    if node is None:
+        return NodeStatus()
+    if node.metadata.deletion_timestamp is not None:
+        return NodeStatus(why=f"Node {node.metadata.name} is being deleted")
+    if any(taint.key == AUTOSCALER_TAINT for taint in (node.spec.taints if node.spec else None) or ()):
+        return NodeStatus(why=f"Node {node.metadata.name} has the taint {AUTOSCALER_TAINT}")
+    return NodeStatus(eligible=True, why="")
 
 
 def resolve_host(

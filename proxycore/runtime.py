@@ -11,9 +11,10 @@ from .backend import BackendContext, Capability
 from .cell import BackendCell
 from .changes import ChangeBatch
 from .dispatch import BackendReply, BackendRunner, ObserverRunner
-from .engine import Engine, EngineSettings
+from .engine import Engine
 from .errors import KernelError, SourceError
 from .host import InterfaceAddress, reserved_ports, resolve_host
+from .inbox import EngineSettings
 from .kernel import presence
 from .kernel.addresses import AddressWatch
 from .kernel.families import usable_families

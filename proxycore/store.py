@@ -6,7 +6,9 @@ objects, and grouped by Service.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
+from typing import NamedTuple
 
 import msgspec
 
@@ -43,6 +45,15 @@ class Dirty(msgspec.Struct, frozen=True, gc=False):
 CLEAN = Dirty()
 
 
+class Contents(NamedTuple):
+    """Everything that a Store holds."""
+
+    services: tuple[Service, ...]
+    slices: tuple[SliceEndpoints, ...]
+    node: Node | None
+    service_cidrs: tuple[ServiceCIDR, ...]
+
+
 class Store:
     """Objects as they are known now, for node `node_name`.
 
@@ -51,6 +62,8 @@ class Store:
 
     def __init__(self, node_name: str) -> None:
         self.node_name = node_name
+        self.version = 0
+        """Raised whenever something changes."""
         self.node: Node | None = None
         self.services: dict[ServiceKey, Service] = {}
         self._slices: dict[ServiceKey, tuple[SliceEndpoints, ...]] = {}
@@ -61,12 +74,21 @@ class Store:
         """Take an event in.  What says the same as what is known, or deletes the unknown, touches nothing."""
         match event:
             case Applied(object=item):
-                return self._applied(item)
+                touched = self._applied(item)
             case Deleted(kind=kind, namespace=namespace, name=name):
-                return self._deleted(kind, namespace, name)
+                touched = self._deleted(kind, namespace, name)
             case Replaced(kind=kind, objects=items):
-                return self._replaced(kind, items)
-        return CLEAN
+                touched = self._replaced(kind, items)
+            case _:
+                return CLEAN
+        if touched != CLEAN:
+            self.version += 1
+        return touched
+
+    def contents(self) -> Contents:
+        """All that is known, to be read on another thread: the values are frozen, the collections are copies."""
+        slices = itertools.chain.from_iterable(self._slices.values())
+        return Contents(tuple(self.services.values()), tuple(slices), self.node, self.service_cidr_objects)
 
     def slices(self, service: ServiceKey) -> tuple[SliceEndpoints, ...]:
         """All slices of a Service, by name."""

@@ -21,6 +21,7 @@ EDGES = frozenset(
         "proxycore.demo",
         "proxycore.dispatch",
         "proxycore.engine",
+        "proxycore.inbox",
         "proxycore.kernel",
         "proxycore.memory",
         "proxycore.observers",

@@ -26,8 +26,9 @@ from proxycore.api import (
 )
 from proxycore.cell import BackendCell, Cell
 from proxycore.dispatch import BackendRunner, ObserverRunner
-from proxycore.engine import Engine, EngineSettings
+from proxycore.engine import Engine
 from proxycore.hookspecs import BackendSpec, ObserverSpec
+from proxycore.inbox import EngineSettings
 from proxycore.objects import (
     EndpointSlice,
     Metadata,
