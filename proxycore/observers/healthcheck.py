@@ -18,9 +18,9 @@ from .. import logs
 from ..backend import ApplyResult
 from ..changes import ChangeBatch
 from ..hookspecs import hookimpl
+from ..httpserver import Address, Answer, HTTPServer, Request, Responder
 from ..model import FAMILIES, Family, HostState, ServicePortName, ServiceState, family_of
 from ..observer import ObserverContext
-from .healthserver import Address, Answer, HealthServer, Responder
 
 _RETRY_SECONDS = (1.0, 30.0)
 _ANY: dict[Family, str] = {"IPv4": "0.0.0.0", "IPv6": "::"}
@@ -92,7 +92,7 @@ class HealthCheckObserver:
         self._lock = threading.Lock()
         self._context: ObserverContext | None = None
         self._host: HostState | None = None
-        self._server: HealthServer | None = None
+        self._server: HTTPServer | None = None
         self._states: dict[ServiceName, dict[ServicePortName, ServiceState]] = {}
         self._checks: dict[ServiceName, HealthCheck] = {}
         self._told: dict[Address, str] = {}
@@ -103,7 +103,7 @@ class HealthCheckObserver:
     def proxycore_observer_start(self, context: ObserverContext) -> None:
         self._context = context
         self._host = context.host
-        self._server = HealthServer()
+        self._server = HTTPServer("health-check-ports")
 
     @hookimpl
     def proxycore_observer_applied(self, batch: ChangeBatch, result: ApplyResult) -> None:
@@ -170,7 +170,8 @@ class HealthCheckObserver:
             self._checks[service] = new
         return (old and old[:2]) != (new and new[:2])
 
-    def _respond(self, service: ServiceName) -> Answer:
+    def _respond(self, service: ServiceName, _: Request) -> Answer:
+        """The same whatever is asked, as kube-proxy does."""
         assert self._context is not None
         check = self._checks.get(service)
         return answer(service, check.local_endpoints if check else 0, self._context.healthy())

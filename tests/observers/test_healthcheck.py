@@ -12,13 +12,14 @@ from collections.abc import Iterator
 
 import pytest
 
+from proxycore import httpserver
 from proxycore.backend import ApplyResult, BackendInfo, Failure
 from proxycore.changes import UNKNOWN, ChangeBatch, HostChange, change
+from proxycore.httpserver import Address
 from proxycore.model import Endpoint, HostState, NodePortAddresses, ServicePortName, ServiceState
 from proxycore.observer import ObserverContext
-from proxycore.observers import healthcheck, healthserver
+from proxycore.observers import healthcheck
 from proxycore.observers.healthcheck import HealthCheck, health_check, listening_addresses
-from proxycore.observers.healthserver import Address
 from proxycore.testing.netns import Namespace
 
 PATIENCE = 20.0
@@ -359,13 +360,13 @@ def test_what_is_not_http_is_refused(proxy: Proxy, garbage: bytes):
 
 def test_endless_headers_are_cut(proxy: Proxy):
     proxy.applied(state(local("10.0.0.1")))
-    answered = proxy.raw(b"GET / HTTP/1.1\r\nX: " + b"x" * (2 * healthserver.HEADER_BYTES))
+    answered = proxy.raw(b"GET / HTTP/1.1\r\nX: " + b"x" * (2 * httpserver.HEADER_BYTES))
     assert answered == b"" or answered.startswith(b"HTTP/1.1 431 ")
     assert proxy.status_and_count() == (200, 1)
 
 
 def test_a_silent_client_is_shown_out(proxy: Proxy, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(healthserver, "IDLE_SECONDS", 0.05)
+    monkeypatch.setattr(httpserver, "IDLE_SECONDS", 0.05)
     proxy.applied(state(local("10.0.0.1")))
     with proxy.connect() as silent:
         silent.sendall(b"GET / HT")
@@ -373,8 +374,8 @@ def test_a_silent_client_is_shown_out(proxy: Proxy, monkeypatch: pytest.MonkeyPa
 
 
 def test_a_client_that_says_nothing_is_shown_out_sooner(proxy: Proxy, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(healthserver, "SILENT_SECONDS", 0.05)
-    monkeypatch.setattr(healthserver, "IDLE_SECONDS", 1000.0)
+    monkeypatch.setattr(httpserver, "SILENT_SECONDS", 0.05)
+    monkeypatch.setattr(httpserver, "IDLE_SECONDS", 1000.0)
     proxy.applied(state(local("10.0.0.1")))
     with proxy.connect() as silent:
         assert silent.recv(100) == b""
@@ -390,7 +391,7 @@ def ask(client: socket.socket) -> bool:
 
 
 def test_when_full_the_longest_idle_has_to_go(proxy: Proxy, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(healthserver, "CONNECTIONS", 2)
+    monkeypatch.setattr(httpserver, "CONNECTIONS", 2)
     proxy.applied(state(local("10.0.0.1")))
     with proxy.connect() as first, proxy.connect() as second:
         assert ask(first)
@@ -406,14 +407,14 @@ def test_when_full_the_longest_idle_has_to_go(proxy: Proxy, monkeypatch: pytest.
 def test_silent_clients_shut_nobody_out(proxy: Proxy):
     proxy.applied(state(local("10.0.0.1")))
     with contextlib.ExitStack() as crowd:
-        for _ in range(2 * healthserver.CONNECTIONS):
+        for _ in range(2 * httpserver.CONNECTIONS):
             crowd.enter_context(proxy.connect())
         assert proxy.status_and_count() == (200, 1)
 
 
 def test_clients_of_one_listener_do_not_cost_another_its_own(proxy: Proxy, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(healthserver, "CONNECTIONS", 3)
-    monkeypatch.setattr(healthserver, "ALL_CONNECTIONS", 4)
+    monkeypatch.setattr(httpserver, "CONNECTIONS", 3)
+    monkeypatch.setattr(httpserver, "ALL_CONNECTIONS", 4)
     proxy.applied(state(local("10.0.0.1")), state(local("10.0.0.1"), service="api", port=30001))
     with contextlib.ExitStack() as crowd:
         other = crowd.enter_context(proxy.connect(port=30001))

@@ -21,6 +21,7 @@ EDGES = frozenset(
         "proxycore.demo",
         "proxycore.dispatch",
         "proxycore.engine",
+        "proxycore.httpserver",
         "proxycore.inbox",
         "proxycore.kernel",
         "proxycore.memory",

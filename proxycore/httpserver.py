@@ -1,4 +1,4 @@
-"""A small HTTP server for health checks: many listeners, one thread, tight limits.
+"""A small HTTP server for health checks and metrics: many listeners, one thread, tight limits.
 
 It is reachable from outside the node, so no client may cost much memory or time: a request's head is limited to
 `HEADER_BYTES`, an idle connection is closed, bodies are not understood.  Connections are limited too, and then it is
@@ -11,12 +11,16 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import socket
 import threading
-from collections.abc import Callable, Collection, Coroutine
+from collections.abc import Awaitable, Callable, Collection, Coroutine
 from email.utils import formatdate
 from http import HTTPStatus
 from typing import Any, NamedTuple, TypeVar
+from urllib.parse import urlsplit
+
+from . import logs
 
 HEADER_BYTES = 8192
 SILENT_SECONDS = 3.0
@@ -24,6 +28,8 @@ SILENT_SECONDS = 3.0
 IDLE_SECONDS = 10.0
 """How long a request's head may take, and how long a client may wait before its next request."""
 WRITE_SECONDS = 5.0
+ANSWER_SECONDS = 30.0
+"""How long a responder that is waited for may take."""
 CONNECTIONS = 128
 """To one listener."""
 ALL_CONNECTIONS = 512
@@ -35,8 +41,22 @@ _BACKLOG = 128
 T = TypeVar("T")
 
 
+EVERYWHERE = "*"
+"""The host that stands for every address of both families."""
+
+
+class Request(NamedTuple):
+    """What was asked: method, path and query as they were sent, still percent-encoded; the query without its `?`."""
+
+    method: str
+    path: str
+    query: str
+    keep: bool
+    """The connection may go on afterwards."""
+
+
 class Answer(NamedTuple):
-    """What a listener says to any path.  Header names and values must be free of control characters."""
+    """What a listener says to one request.  Header names and values must be free of control characters."""
 
     status: HTTPStatus
     headers: tuple[tuple[str, str], ...]
@@ -44,7 +64,7 @@ class Answer(NamedTuple):
 
 
 class Address(NamedTuple):
-    """Where to listen: `0.0.0.0` and `::` mean every address of that family alone."""
+    """Where to listen: `0.0.0.0` and `::` mean every address of that family alone, `*` those of both."""
 
     host: str
     port: int
@@ -53,20 +73,26 @@ class Address(NamedTuple):
         return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
 
 
-Responder = Callable[[], Answer]
+Responder = Callable[[Request], Answer | Awaitable[Answer]]
+"""Called on the server's thread, must not block; what takes longer is handed back to be waited for."""
 
 
-class HealthServer:
-    """Listeners by address, served by a thread of its own in the network namespace of the one who makes it."""
+class HTTPServer:
+    """Listeners by address, served by a thread of its own in the network namespace of the one who makes it.
 
-    def __init__(self) -> None:
+    `name` is the thread's.
+    """
+
+    def __init__(self, name: str) -> None:
+        self._log = logs.get(name)
+        self._told: set[str] = set()
         self._listeners: dict[Address, socket.socket] = {}
         self._responders: dict[Address, Responder] = {}
         self._conversations: dict[asyncio.Task[None], Address] = {}
         # Those of each listener that were not told to end, the longest idle first.
         self._idle: dict[Address, dict[asyncio.Task[None], None]] = {}
         self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._loop.run_forever, name="health-server", daemon=True)
+        self._thread = threading.Thread(target=self._loop.run_forever, name=name, daemon=True)
         self._thread.start()
 
     def listening(self) -> frozenset[Address]:
@@ -76,8 +102,7 @@ class HealthServer:
     def serve(self, wanted: dict[Address, Responder]) -> dict[Address, OSError]:
         """Listen at exactly these addresses; a listener that stays keeps its connections.
 
-        Returns the addresses where it is not possible, with the reason.  Responders are called on the server's
-        thread for each request and must not block.
+        Returns the addresses where it is not possible, with the reason.  A listener that stays gets its new responder.
         """
         return self._call(self._serve(wanted))
 
@@ -178,7 +203,7 @@ class HealthServer:
                 # Only whole requests count: one that trickles in is idle.
                 if crowd.pop(task, task) is None:
                     crowd[task] = None
-                keep, reply = self._reply_to(address, head)
+                keep, reply = await self._reply_to(address, head)
                 async with asyncio.timeout(WRITE_SECONDS):
                     await self._loop.sock_sendall(connection, reply)
                     if not keep:
@@ -204,24 +229,37 @@ class HealthServer:
         while left > 0 and (data := await self._loop.sock_recv(connection, 4096)):
             left -= len(data)
 
-    def _reply_to(self, address: Address, head: bytes) -> tuple[bool, bytes]:
+    async def _reply_to(self, address: Address, head: bytes) -> tuple[bool, bytes]:
         """May the connection go on after this, and the bytes of the answer to one request."""
         if len(head) > HEADER_BYTES:
-            return False, _reply(_plain(HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE), keep=False)
+            return False, _reply(plain(HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE), keep=False)
         request = _parse(head)
         if request is None:
-            return False, _reply(_plain(HTTPStatus.BAD_REQUEST), keep=False)
+            return False, _reply(plain(HTTPStatus.BAD_REQUEST), keep=False)
         keep = request.keep and request.method in ("GET", "HEAD")
-        return keep, _reply(self._responders[address](), keep=keep, head_only=request.method == "HEAD")
+        return keep, _reply(
+            await self._ask(self._responders[address], request), keep=keep, head_only=request.method == "HEAD"
+        )
+
+    async def _ask(self, responder: Responder, request: Request) -> Answer:
+        try:
+            answer = responder(request)
+            if isinstance(answer, Answer):
+                return answer
+            async with asyncio.timeout(ANSWER_SECONDS):
+                return await answer
+        except TimeoutError:
+            return plain(HTTPStatus.SERVICE_UNAVAILABLE, f"no answer within {ANSWER_SECONDS:g} s")
+        except Exception as error:  # noqa: BLE001  a bug behind one path must not cost the connection, or the server
+            why = f"{type(error).__name__}: {error}"
+            if why not in self._told and len(self._told) < 100:
+                self._told.add(why)
+                self._log.exception("a request failed by a bug", error)
+            return plain(HTTPStatus.INTERNAL_SERVER_ERROR)
 
 
-class _Request(NamedTuple):
-    method: str
-    keep: bool
-
-
-def _parse(head: bytes) -> _Request | None:
-    """The parts of a request that matter here; None: it is not HTTP/1."""
+def _parse(head: bytes) -> Request | None:
+    """A request without its other headers; None: it is not HTTP/1."""
     first, *lines = head[:-4].split(b"\r\n")
     words = first.split(b" ")
     if (
@@ -244,11 +282,26 @@ def _parse(head: bytes) -> _Request | None:
             case b"content-length", length if length != b"0":
                 # The body stays unread, so what follows could not be told from it.
                 keep = False
-    return _Request(words[0].decode("ascii"), keep)
+    target = words[1].decode("latin-1")
+    if not target.startswith("/"):
+        # The form for proxies, `http://host/path`; or `*`, which leads nowhere.
+        try:
+            parts = urlsplit(target)
+        except ValueError:
+            return None
+        return Request(words[0].decode("ascii"), parts.path or "/", parts.query, keep)
+    path, _, query = target.partition("?")
+    return Request(words[0].decode("ascii"), path, query, keep)
 
 
-def _plain(status: HTTPStatus) -> Answer:
-    return Answer(status, (("Content-Type", "text/plain; charset=utf-8"),), f"{status.phrase}\n".encode())
+def plain(status: HTTPStatus, text: str = "") -> Answer:
+    """A line of text, the status by its name if none is given."""
+    body = f"{text or status.phrase}\n".encode()
+    return Answer(
+        status,
+        (("Content-Type", "text/plain; charset=utf-8"), ("X-Content-Type-Options", "nosniff")),
+        body,
+    )
 
 
 def _reply(answer: Answer, *, keep: bool, head_only: bool = False) -> bytes:
@@ -264,13 +317,25 @@ def _reply(answer: Answer, *, keep: bool, head_only: bool = False) -> bytes:
 
 
 def _listener(address: Address) -> socket.socket:
-    family = socket.AF_INET6 if ":" in address.host else socket.AF_INET
+    if address.host != EVERYWHERE:
+        family = socket.AF_INET6 if ":" in address.host else socket.AF_INET
+        return _open(family, address.host, address.port)
+    try:
+        return _open(socket.AF_INET6, "::", address.port, both=True)
+    except OSError as error:
+        if error.errno not in (errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL):
+            raise
+        # This kernel has no IPv6.
+        return _open(socket.AF_INET, "0.0.0.0", address.port)
+
+
+def _open(family: socket.AddressFamily, host: str, port: int, *, both: bool = False) -> socket.socket:
     listener = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         if family == socket.AF_INET6:
-            listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-        listener.bind((address.host, address.port))
+            listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, not both)
+        listener.bind((host, port))
         listener.listen(_BACKLOG)
     except BaseException:
         listener.close()
