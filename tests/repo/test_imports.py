@@ -21,6 +21,7 @@ EDGES = frozenset(
         "proxycore.demo",
         "proxycore.dispatch",
         "proxycore.engine",
+        "proxycore.hostsetup",
         "proxycore.httpserver",
         "proxycore.inbox",
         "proxycore.kernel",
