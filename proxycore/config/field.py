@@ -16,6 +16,9 @@ Type = Literal["bool", "int", "number", "duration", "text", "list", "bools", "an
 
 Treatment = Literal["obeyed", "differently", "ignored"]
 
+Reload = Literal["live", "restart"]
+"""When a change to the field takes effect in a proxy that runs: at once, or once it is started again."""
+
 
 class Field(msgspec.Struct, frozen=True, kw_only=True):
     """One value of a document, by its dotted path.
@@ -23,7 +26,7 @@ class Field(msgspec.Struct, frozen=True, kw_only=True):
     `default` holds where nothing is written, null is written, or, if `zero_is_default`, the type's zero.
     `flags` are kube-proxy's names of it.  `note` says more about the treatment, in the documentation and, for
     an ignored field, in the warning.  `harmless`: values of an ignored field that change nothing anyway.
-    `default_acts`: kube-proxy would act on the default too, so that even the default, once written, is named.
+    `reload` means nothing for an ignored field.
     """
 
     path: str
@@ -35,7 +38,7 @@ class Field(msgspec.Struct, frozen=True, kw_only=True):
     flags: tuple[str, ...] = ()
     zero_is_default: bool = True
     harmless: tuple[object, ...] = ()
-    default_acts: bool = False
+    reload: Reload = "restart"
     choices: tuple[str, ...] = ()
     minimum: int | None = None
     maximum: int | None = None

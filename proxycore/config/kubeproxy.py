@@ -13,26 +13,26 @@ DEFAULT_MODE = "iptables"
 _MIN_SYNC = "a positive value is honoured; kube-proxy's default of 1s is not applied: changes need not wait"
 _SYNC = "limits the back-off after a failure and says how long work may wait before the proxy is unwell"
 _WINDOWS = "it is for Windows"
-_NO_PORTS = "no health and metrics ports are served"
-_NO_SYSCTLS = "connection tracking is left as the host has it"
-_NO_API = "the API server is not asked"
+_JSON = "JSON is always used"
+_PROTOBUF = "application/vnd.kubernetes.protobuf"
+_ENCODINGS = ("application/json", _PROTOBUF, f"{_PROTOBUF},application/json", f"application/json,{_PROTOBUF}")
+_KEPT = "0s: the system's value stays"
 
 
 def _field(path: str, type_: Type, default: object, note: str = "", **more: object) -> Field:
     return Field(path=path, type=type_, default=default, note=note, **more)  # type: ignore[arg-type]
 
 
+def _live(path: str, type_: Type, default: object, note: str = "", **more: object) -> Field:
+    return _field(path, type_, default, note, reload="live", **more)
+
+
 def _ignored(path: str, type_: Type, default: object, note: str, **more: object) -> Field:
     return _field(path, type_, default, note, treatment="ignored", **more)
 
 
-def _missing(path: str, type_: Type, default: object, note: str, **more: object) -> Field:
-    """What this version lacks, though it will have it: saying nothing of it would mislead."""
-    return _ignored(path, type_, default, f"{note} in this version", default_acts=True, **more)
-
-
 _GENERAL = (
-    _field(
+    _live(
         "featureGates",
         "bools",
         {},
@@ -40,32 +40,31 @@ _GENERAL = (
         treatment="differently",
         flags=("feature-gates",),
     ),
-    _missing("clientConnection.kubeconfig", "text", "", _NO_API, flags=("kubeconfig",)),
-    _ignored(
-        "clientConnection.acceptContentTypes",
+    _field(
+        "clientConnection.kubeconfig",
         "text",
         "",
-        f"{_NO_API} in this version",
-        harmless=("application/json",),
+        "for the source `kubernetes`; empty: the pod's service account",
+        flags=("kubeconfig",),
     ),
+    _ignored("clientConnection.acceptContentTypes", "text", "", _JSON, harmless=_ENCODINGS),
     _ignored(
         "clientConnection.contentType",
         "text",
-        "application/vnd.kubernetes.protobuf",
-        f"{_NO_API} in this version",
+        _PROTOBUF,
+        _JSON,
         flags=("kube-api-content-type",),
-        harmless=("application/json",),
+        harmless=_ENCODINGS,
     ),
-    _missing("clientConnection.qps", "number", 5.0, _NO_API, flags=("kube-api-qps",)),
-    _missing(
-        "clientConnection.burst",
-        "int",
-        10,
-        _NO_API,
-        flags=("kube-api-burst",),
-        minimum=0,
+    _field(
+        "clientConnection.qps",
+        "number",
+        5.0,
+        "watches do not count; negative: no limit",
+        flags=("kube-api-qps",),
     ),
-    _field("logging.format", "text", "text", flags=("logging-format",), choices=("text", "json")),
+    _field("clientConnection.burst", "int", 10, flags=("kube-api-burst",), minimum=0),
+    _live("logging.format", "text", "text", flags=("logging-format",), choices=("text", "json")),
     _ignored(
         "logging.flushFrequency",
         "duration",
@@ -73,7 +72,7 @@ _GENERAL = (
         "each line is written at once",
         flags=("log-flush-frequency",),
     ),
-    _field(
+    _live(
         "logging.verbosity",
         "int",
         0,
@@ -87,32 +86,32 @@ _GENERAL = (
     _field(
         "hostnameOverride", "text", "", "lower-cased; empty: the host's name", flags=("hostname-override",)
     ),
-    _field(
+    _live(
         "bindAddress",
         "text",
         "0.0.0.0",
         "names the node's primary address, binds nothing",
         flags=("bind-address",),
     ),
-    _missing(
+    _live(
         "healthzBindAddress",
         "text",
         "",
-        _NO_PORTS,
+        "empty: `0.0.0.0:10256`, or `[::]:10256` if bindAddress is IPv6; without a port: 10256",
         flags=("healthz-bind-address",),
     ),
-    _missing(
+    _live(
         "metricsBindAddress",
         "text",
         "",
-        _NO_PORTS,
+        "empty: `127.0.0.1:10249`, or `[::1]:10249` if bindAddress is IPv6; without a port: 10249",
         flags=("metrics-bind-address",),
     ),
-    _missing(
+    _live(
         "bindAddressHardFail",
         "bool",
         False,
-        _NO_PORTS,
+        "an address that cannot be opened ends the proxy; else it is tried again",
         flags=("bind-address-hard-fail",),
     ),
     _ignored("enableProfiling", "bool", False, "there are no Go profiles to serve", flags=("profiling",)),
@@ -144,7 +143,7 @@ _BY_MODE = (
         minimum=0,
         maximum=31,
     ),
-    _field("iptables.masqueradeAll", "bool", False, "for ipvs too", flags=("masquerade-all",)),
+    _live("iptables.masqueradeAll", "bool", False, "for ipvs too", flags=("masquerade-all",)),
     _field(
         "iptables.localhostNodePorts",
         "bool",
@@ -153,7 +152,7 @@ _BY_MODE = (
         flags=("iptables-localhost-nodeports",),
         zero_is_default=False,
     ),
-    _field(
+    _live(
         "iptables.syncPeriod",
         "duration",
         30 * SECOND,
@@ -161,7 +160,7 @@ _BY_MODE = (
         treatment="differently",
         flags=("iptables-sync-period",),
     ),
-    _field(
+    _live(
         "iptables.minSyncPeriod",
         "duration",
         0,
@@ -169,7 +168,7 @@ _BY_MODE = (
         treatment="differently",
         flags=("iptables-min-sync-period",),
     ),
-    _field(
+    _live(
         "ipvs.syncPeriod",
         "duration",
         30 * SECOND,
@@ -177,7 +176,7 @@ _BY_MODE = (
         treatment="differently",
         flags=("ipvs-sync-period",),
     ),
-    _field("ipvs.minSyncPeriod", "duration", 0, flags=("ipvs-min-sync-period",)),
+    _live("ipvs.minSyncPeriod", "duration", 0, flags=("ipvs-min-sync-period",)),
     _field("ipvs.scheduler", "text", "rr", flags=("ipvs-scheduler",)),
     _field("ipvs.excludeCIDRs", "list", (), flags=("ipvs-exclude-cidrs",)),
     _field("ipvs.strictARP", "bool", False, flags=("ipvs-strict-arp",)),
@@ -185,26 +184,26 @@ _BY_MODE = (
         "ipvs.tcpTimeout",
         "duration",
         0,
-        "0s: the system's value stays",
+        _KEPT,
         flags=("ipvs-tcp-timeout",),
     ),
     _field(
         "ipvs.tcpFinTimeout",
         "duration",
         0,
-        "0s: the system's value stays",
+        _KEPT,
         flags=("ipvs-tcpfin-timeout",),
     ),
     _field(
         "ipvs.udpTimeout",
         "duration",
         0,
-        "0s: the system's value stays",
+        _KEPT,
         flags=("ipvs-udp-timeout",),
     ),
     _field("nftables.masqueradeBit", "int", 14, zero_is_default=False, minimum=0, maximum=31),
-    _field("nftables.masqueradeAll", "bool", False, flags=("masquerade-all",)),
-    _field(
+    _live("nftables.masqueradeAll", "bool", False, flags=("masquerade-all",)),
+    _live(
         "nftables.syncPeriod",
         "duration",
         30 * SECOND,
@@ -212,7 +211,7 @@ _BY_MODE = (
         treatment="differently",
         flags=("iptables-sync-period",),
     ),
-    _field(
+    _live(
         "nftables.minSyncPeriod",
         "duration",
         0,
@@ -223,90 +222,82 @@ _BY_MODE = (
 )
 
 _TRAFFIC = (
-    _field(
+    _live(
         "detectLocalMode",
         "text",
         "ClusterCIDR",
         flags=("detect-local-mode",),
         choices=("ClusterCIDR", "NodeCIDR", "BridgeInterface", "InterfaceNamePrefix"),
     ),
-    _field("detectLocal.bridgeInterface", "text", "", flags=("pod-bridge-interface",)),
-    _field("detectLocal.interfaceNamePrefix", "text", "", flags=("pod-interface-name-prefix",)),
-    _field(
+    _live("detectLocal.bridgeInterface", "text", "", flags=("pod-bridge-interface",)),
+    _live("detectLocal.interfaceNamePrefix", "text", "", flags=("pod-interface-name-prefix",)),
+    _live(
         "clusterCIDR",
         "text",
         "",
         "one CIDR, or one of each family with a comma between",
         flags=("cluster-cidr",),
     ),
-    _field(
+    _live(
         "nodePortAddresses",
         "list",
         (),
         "CIDRs, `primary`, `localhost`, `all`; empty: `primary` for nftables, else `all`",
         flags=("nodeport-addresses",),
     ),
-    _missing(
+    _live(
         "oomScoreAdj",
         "int",
         -999,
-        "the score stays as it is",
         flags=("oom-score-adj",),
         zero_is_default=False,
         minimum=-1000,
         maximum=1000,
     ),
-    _missing(
+    _live(
         "conntrack.maxPerCore",
         "int",
         32768,
-        _NO_SYSCTLS,
+        "times the CPUs, at least `conntrack.min`; 0: the limit stays as it is; it is only ever raised",
         flags=("conntrack-max-per-core",),
         zero_is_default=False,
         minimum=0,
         maximum=INT32,
     ),
-    _missing(
+    _live(
         "conntrack.min",
         "int",
         131072,
-        _NO_SYSCTLS,
         flags=("conntrack-min",),
         zero_is_default=False,
         minimum=0,
         maximum=INT32,
     ),
-    _missing(
+    _live(
         "conntrack.tcpEstablishedTimeout",
         "duration",
         24 * 3600 * SECOND,
-        _NO_SYSCTLS,
+        _KEPT,
         flags=("conntrack-tcp-timeout-established",),
         zero_is_default=False,
     ),
-    _missing(
+    _live(
         "conntrack.tcpCloseWaitTimeout",
         "duration",
         3600 * SECOND,
-        _NO_SYSCTLS,
+        _KEPT,
         flags=("conntrack-tcp-timeout-close-wait",),
         zero_is_default=False,
     ),
-    _missing("conntrack.tcpBeLiberal", "bool", False, _NO_SYSCTLS, flags=("conntrack-tcp-be-liberal",)),
-    _missing(
-        "conntrack.udpTimeout",
-        "duration",
-        0,
-        _NO_SYSCTLS,
-        flags=("conntrack-udp-timeout",),
+    _live(
+        "conntrack.tcpBeLiberal",
+        "bool",
+        False,
+        "false: the system's value stays",
+        flags=("conntrack-tcp-be-liberal",),
     ),
-    _missing(
-        "conntrack.udpStreamTimeout",
-        "duration",
-        0,
-        _NO_SYSCTLS,
-        flags=("conntrack-udp-timeout-stream",),
-    ),
+    _live("conntrack.udpTimeout", "duration", 0, _KEPT, flags=("conntrack-udp-timeout",)),
+    _live("conntrack.udpStreamTimeout", "duration", 0, _KEPT, flags=("conntrack-udp-timeout-stream",)),
     _ignored(
         "configSyncPeriod",
         "duration",
@@ -314,7 +305,13 @@ _TRAFFIC = (
         "nothing is fetched again on a timer",
         flags=("config-sync-period",),
     ),
-    _ignored("portRange", "text", "", "kube-proxy has not used it since its user-space mode went"),
+    _ignored(
+        "portRange",
+        "text",
+        "",
+        "kube-proxy has not used it since its user-space mode went",
+        flags=("proxy-port-range",),
+    ),
     _ignored("windowsRunAsService", "bool", False, _WINDOWS),
     _ignored("winkernel.networkName", "text", "", _WINDOWS),
     _ignored("winkernel.sourceVip", "text", "", _WINDOWS),

@@ -22,10 +22,12 @@ from .values import (
     parse_address,
     parse_cidr,
     parse_endpoint,
+    parse_url,
 )
 
 HEALTHZ_PORT = 10256
 METRICS_PORT = 10249
+NOT_KEPT = "none"
 ADDRESS_WORDS = ("primary", "localhost", "all")
 
 _BACKEND_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}\Z")
@@ -76,6 +78,11 @@ class Resolver:
             "kubeconfig": values["clientConnection.kubeconfig"],
             "client_qps": values["clientConnection.qps"],
             "client_burst": values["clientConnection.burst"],
+            "kube_context": values["apiServer.context"],
+            "master": self._master(),
+            "stale_after_seconds": self._seconds("apiServer.staleAfter"),
+            "saved_state_file": self._saved_state_file(),
+            "saved_state_wait_seconds": self._seconds("lastKnownGood.wait"),
             "log_format": values["logging.format"],
             "log_verbosity": values["logging.verbosity"],
             "hostname_override": self._hostname(),
@@ -214,6 +221,22 @@ class Resolver:
             self._problem("ipFamilies", "names a family twice")
         return value
 
+    # -- the source ---------------------------------------------------------------------------------------------
+
+    def _master(self) -> str:
+        text: str = self.values["apiServer.master"]
+        url = self._try("apiServer.master", parse_url, text) if text else ""
+        self.values["apiServer.master"] = url or ""
+        return url or ""
+
+    def _saved_state_file(self) -> str:
+        text: str = self.values["lastKnownGood.file"]
+        if text not in ("", NOT_KEPT) and not text.startswith("/"):
+            self._problem("lastKnownGood.file", f"{text!r} is neither an absolute path nor {NOT_KEPT}")
+        if "\0" in text:
+            self._problem("lastKnownGood.file", f"{text!r} is no path")
+        return text
+
     # -- addresses ----------------------------------------------------------------------------------------------
 
     def _hostname(self) -> str:
@@ -351,8 +374,8 @@ class Resolver:
 
     def _warn_about_ignored(self) -> None:
         for field in FIELDS:
-            named = self._written(field.path) or (field.default_acts and field.path in self._settings)
-            if field.treatment == "ignored" and named and not self._is_harmless(field):
+            ignored = field.treatment == "ignored" and self._written(field.path)
+            if ignored and not self._is_harmless(field):
                 self._no_effect([field.path], field.note)
 
     def _is_harmless(self, field: Field) -> bool:
@@ -367,17 +390,17 @@ class Resolver:
             idle = [
                 path
                 for path in BY_PATH
-                if path.startswith(f"{section}.")
-                and self._written(path)
-                and not _serves(path, section, backend, mode)
+                if path.startswith(f"{section}.") and self._written(path) and not serves(path, backend, mode)
             ]
             if idle:
                 self._no_effect(idle, f"the backend is {backend}, with the settings of {mode}")
 
 
-def _serves(path: str, section: str, backend: str, mode: str) -> bool:
-    """Does a setting of this section matter to a backend in this mode?"""
-    name = path.partition(".")[2]
+def serves(path: str, backend: str, mode: str) -> bool:
+    """Does a field matter to a backend in this mode?  Those outside the sections of modes always do."""
+    section, _, name = path.partition(".")
+    if section not in MODES:
+        return True
     if section == mode:
         return name not in _OWN_EXTRAS[section] or MODES[mode] == backend
     return section == "iptables" and mode == "ipvs" and name.startswith("masquerade")

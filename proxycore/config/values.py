@@ -8,6 +8,7 @@ from __future__ import annotations
 import ipaddress
 import json
 import re
+import urllib.parse
 from collections.abc import Mapping, Sequence
 
 from .duration import format_duration, parse_duration
@@ -189,6 +190,22 @@ def parse_endpoint(text: str, default_port: int) -> str:
     if not (port.isascii() and port.isdigit() and 1 <= int(port[:6]) <= 65535):
         raise ValueError(f"{text!r} has no port within 1 to 65535")
     return join_host_port(parse_address(host.strip("[]")), int(port))
+
+
+def parse_url(text: str) -> str:
+    """An http or https URL as it stands; a bare `host` or `host:port` gets https.  Raises ValueError."""
+    url = text if "://" in text else f"https://{text}"
+    try:
+        parts = urllib.parse.urlsplit(url)
+        held = parts.username is not None or parts.query or parts.fragment
+        sound = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+    except ValueError:
+        held, sound = False, False
+    if held:  # which may be a secret: it is not repeated
+        raise ValueError("a URL must hold no user, query or fragment here, but scheme, host, port and path only")
+    if not sound or not text.isprintable() or any(char.isspace() for char in text):
+        raise ValueError(f"{text!r} is no URL such as https://10.0.0.1:6443")
+    return url
 
 
 def join_host_port(address: str, port: int) -> str:

@@ -15,6 +15,7 @@ from proxycore.config.gates import GATES
 
 PAGE = Path(__file__).parents[2] / "docs" / "configuration.md"
 TREATMENTS = {"obeyed": "obeyed", "differently": "obeyed differently", "ignored": "ignored, with a warning"}
+EFFECTS = {"live": "at once", "restart": "at a restart"}
 
 
 def field_row(field: Field) -> str:
@@ -22,7 +23,10 @@ def field_row(field: Field) -> str:
     treatment = TREATMENTS[field.treatment] + (f": {field.note}" if field.note else "")
     if field.choices:
         treatment += f" ({', '.join(f'`{choice}`' for choice in field.choices)})"
-    row = f"| `{field.path}` | `{default}` | {treatment} | `{field.environment}` |"
+    effect = "" if field.treatment == "ignored" else EFFECTS[field.reload]
+    row = f"| `{field.path}` | `{default}` | {treatment} | {effect} | `{field.environment}` |".replace(
+        "|  |", "| |"
+    )
     if field.document == PROXYCORE:
         return row
     flags = ", ".join(f"`{flag}`" for flag in field.flags)

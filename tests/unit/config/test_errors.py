@@ -129,6 +129,24 @@ Write = Callable[..., Path]
         ("---\nipFamilies: [IPv5]", "c.yaml:7: ipFamilies: 'IPv5' is neither IPv4 nor IPv6"),
         ("---\nverifyInterval: -1s", "c.yaml:7: verifyInterval: -1s is negative"),
         (
+            "---\nlastKnownGood: {file: state}",
+            "c.yaml:7: lastKnownGood.file: 'state' is neither an absolute path nor none",
+        ),
+        ("---\napiServer: {staleAfter: -1s}", "c.yaml:7: apiServer.staleAfter: -1s is negative"),
+        (
+            "---\napiServer: {master: 'ftp://x'}",
+            "c.yaml:7: apiServer.master: 'ftp://x' is no URL such as https://10.0.0.1:6443",
+        ),
+        (
+            "---\napiServer: {master: 'https://x:0'}",
+            "c.yaml:7: apiServer.master: 'https://x:0' is no URL such as https://10.0.0.1:6443",
+        ),
+        (
+            "---\napiServer: {master: 'https://me:secret@x'}",
+            "c.yaml:7: apiServer.master: a URL must hold no user, query or fragment here, but scheme, host, port and "
+            "path only",
+        ),
+        (
             "---\nobservers: {enabled: [a], disabled: [a]}",
             "c.yaml:7: observers.disabled: a: also in observers.enabled",
         ),

@@ -18,52 +18,8 @@ Read = Callable[[str], Loaded]
 Warnings = Callable[[str], list[str]]
 Changed = Callable[[Config], dict[str, object]]
 
-KUBEADM = (
-    KUBE_PROXY
-    + """\
-bindAddress: 0.0.0.0
-bindAddressHardFail: false
-clientConnection: {acceptContentTypes: "", burst: 0, contentType: "", kubeconfig: /kubeconfig.conf, qps: 0}
-clusterCIDR: 10.244.0.0/16
-configSyncPeriod: 0s
-conntrack:
-  maxPerCore: null
-  min: null
-  tcpBeLiberal: false
-  tcpCloseWaitTimeout: null
-  tcpEstablishedTimeout: null
-  udpStreamTimeout: 0s
-  udpTimeout: 0s
-detectLocal: {bridgeInterface: "", interfaceNamePrefix: ""}
-detectLocalMode: ""
-enableProfiling: false
-healthzBindAddress: ""
-hostnameOverride: ""
-iptables: {localhostNodePorts: null, masqueradeAll: false, masqueradeBit: null, minSyncPeriod: 0s, syncPeriod: 0s}
-ipvs:
-  excludeCIDRs: null
-  minSyncPeriod: 0s
-  scheduler: ""
-  strictARP: false
-  syncPeriod: 0s
-  tcpFinTimeout: 0s
-  tcpTimeout: 0s
-  udpTimeout: 0s
-logging:
-  flushFrequency: 0
-  options: {json: {infoBufferSize: "0"}, text: {infoBufferSize: "0"}}
-  verbosity: 0
-metricsBindAddress: ""
-mode: ""
-nftables: {masqueradeAll: false, masqueradeBit: null, minSyncPeriod: 0s, syncPeriod: 0s}
-nodePortAddresses: null
-oomScoreAdj: null
-portRange: ""
-showHiddenMetricsForVersion: ""
-winkernel: {enableDSR: false, forwardHealthCheckVip: false, networkName: "", rootHnsEndpointName: "", sourceVip: ""}
-windowsRunAsService: false
-"""
-)
+KUBEADM = sorted((Path(__file__).parent / "data").glob("kubeadm-*.yaml"))
+"""What kubeadm puts into its ConfigMap: zeroes and nulls stand for the default."""
 
 
 def test_no_configuration_means_the_defaults() -> None:
@@ -78,15 +34,46 @@ def test_every_field_has_a_value_and_an_origin() -> None:
     assert set(loaded.origins) == set(loaded.values) == set(BY_PATH)
 
 
-def test_the_zero_and_null_values_of_kubeadm_mean_the_defaults(changed: Changed, write: Write) -> None:
-    path = write(KUBEADM)
+@pytest.mark.parametrize("path", KUBEADM, ids=lambda path: path.stem)
+def test_the_zero_and_null_values_of_kubeadm_mean_the_defaults(changed: Changed, path: Path) -> None:
     loaded = load([path])
-    assert changed(loaded.config) == {"kubeconfig": "/kubeconfig.conf", "cluster_cidr": ("10.244.0.0/16",)}
-    assert loaded.warnings == (
-        f"{path}:5: clientConnection.kubeconfig: has no effect: the API server is not asked in this version",
-    )
+    assert changed(loaded.config) == {
+        "kubeconfig": "/var/lib/kube-proxy/kubeconfig.conf",
+        "cluster_cidr": ("10.244.0.0/16",),
+    }
+    assert loaded.warnings == ()
     written = {field for field, origin in loaded.origins.items() if origin != "default"}
     assert written == {"bindAddress", "clientConnection.kubeconfig", "clusterCIDR"}
+
+
+def test_the_files_of_several_kubeadms_are_tried() -> None:
+    assert len(KUBEADM) == 2
+
+
+def test_ports_are_on_the_family_of_bind_address(read: Read) -> None:
+    def ports(text: str) -> tuple[str | None, str | None]:
+        config = read(text).config
+        return config.healthz_bind_address, config.metrics_bind_address
+
+    assert ports("") == ("0.0.0.0:10256", "127.0.0.1:10249")
+    assert ports("bindAddress: 10.0.0.1") == ("0.0.0.0:10256", "127.0.0.1:10249")
+    assert ports("bindAddress: '::'") == ("[::]:10256", "[::1]:10249")
+    assert ports("bindAddress: fd00::1\nhealthzBindAddress: 0.0.0.0") == ("0.0.0.0:10256", "[::1]:10249")
+    assert ports("metricsBindAddress: '::'\nhealthzBindAddress: '[::]:1'") == ("[::]:1", "[::]:10249")
+
+
+@pytest.mark.parametrize(
+    ("text", "url"),
+    [
+        ("https://10.0.0.1:6443", "https://10.0.0.1:6443"),
+        ("http://[fd00::1]:8080/k8s", "http://[fd00::1]:8080/k8s"),
+        ("10.0.0.1:6443", "https://10.0.0.1:6443"),
+        ("api.internal", "https://api.internal"),
+    ],
+)
+def test_the_address_of_the_api_server_is_a_url(text: str, url: str) -> None:
+    loaded = load([], {"master": text})
+    assert (loaded.config.master, loaded.values["apiServer.master"]) == (url, url)
 
 
 def test_zero_is_a_value_where_kube_proxy_holds_a_pointer(changed: Changed, read: Read) -> None:
@@ -136,9 +123,11 @@ takeover: refuse
 verifyInterval: 0s
 ipFamilies: [IPv6]
 observers: {enabled: [a, b], disabled: [c], options: {a: {x: 1}, b: null}}
+apiServer: {context: blue, master: "https://10.0.0.1:6443", staleAfter: 5m}
+lastKnownGood: {file: /saved, wait: 0s}
 """
     )
-    assert [warning for warning in loaded.warnings if "in this version" not in warning] == []
+    assert loaded.warnings == ()
     assert loaded.config == Config(
         backend="nft",
         mode="nftables",
@@ -155,6 +144,11 @@ observers: {enabled: [a, b], disabled: [c], options: {a: {x: 1}, b: null}}
         kubeconfig="/k",
         client_qps=50.0,
         client_burst=100,
+        kube_context="blue",
+        master="https://10.0.0.1:6443",
+        stale_after_seconds=300.0,
+        saved_state_file="/saved",
+        saved_state_wait_seconds=0.0,
         log_format="json",
         log_verbosity=4,
         hostname_override="node-1",
