@@ -29,6 +29,8 @@ class Status(msgspec.Struct, frozen=True, kw_only=True):
     `endpoint_changes_total`, `service_changes_total`: EndpointSlices and Services that changed; `..._pending` of them are not
     in force.  `drift_total`: how often the kernel was found to differ; `drift_unrepaired`: it has not been put right yet.
     `refused`: why the backend could not program anything at its last try; empty after a success.
+    `held`: why nothing may be programmed for now, although everything has been delivered: something cannot be read that only
+    the kernel still knows.
     `store_version` is raised whenever an object changes.
     """
 
@@ -41,6 +43,7 @@ class Status(msgspec.Struct, frozen=True, kw_only=True):
     last_queued: float | None = None
     pending_since: float | None = None
     refused: str = ""
+    held: str = ""
     quarantined: Mapping[ServicePortName, str] = {}
     unsupported: Mapping[ServicePortName, str] = {}
     troubles: Mapping[str, str] = {}
@@ -81,11 +84,12 @@ class SavedStatus(msgspec.Struct, frozen=True, kw_only=True):
 class ConfigStatus(msgspec.Struct, frozen=True, kw_only=True):
     """The configuration in force since `loaded_at`.
 
-    `problem`: why a newer one was refused.  `needs_restart`: fields that a newer one changes and that wait for a restart.
+    `problem`: why a newer one was refused; `refused_total`: how often one was.  `needs_restart`: fields that a newer one changes and that wait for a restart.
     """
 
     loaded_at: float
     problem: str = ""
+    refused_total: int = 0
     needs_restart: tuple[str, ...] = ()
 
 
@@ -102,6 +106,7 @@ class Facts(msgspec.Struct, frozen=True, kw_only=True):
     `now`: seconds since the epoch; `monotonic`: of the clock of `Status.pending_since`.  `engine_silent_seconds`: since the
     engine's loop last turned; it turns every few seconds even when idle.  `backend_overdue`: the backend's call that is
     past its deadline, empty if none is.  `stale_after_seconds`: so long a source may be stale.
+    `source_name`: what the source is to people (`kubernetes`, `file:manifests`).
     """
 
     now: float
@@ -118,3 +123,4 @@ class Facts(msgspec.Struct, frozen=True, kw_only=True):
     servers: tuple[ServerStatus, ...] = ()
     sync_period_seconds: float = 30.0
     stale_after_seconds: float = 60.0
+    source_name: str = ""
