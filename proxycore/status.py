@@ -84,7 +84,8 @@ class SavedStatus(msgspec.Struct, frozen=True, kw_only=True):
 class ConfigStatus(msgspec.Struct, frozen=True, kw_only=True):
     """The configuration in force since `loaded_at`.
 
-    `problem`: why a newer one was refused; `refused_total`: how often one was.  `needs_restart`: fields that a newer one changes and that wait for a restart.
+    `problem`: why a newer one was refused; `refused_total`: how often one was.  `needs_restart`: fields that a newer one
+    changes and that wait for a restart.
     """
 
     loaded_at: float
