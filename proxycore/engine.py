@@ -116,7 +116,7 @@ class Engine:
         self._named_problems: dict[str, tuple[str, ...]] = {}
         self._problems_at = float("inf")
         self._told_host: HostState | None = None
-        self._stopping = False
+        self._stopping = self._ended = False
         self._changed = changed
         self._tell_in_force = in_force
         self._for_observers = for_observers
@@ -179,6 +179,8 @@ class Engine:
         """All objects as they are known now.  Raises TimeoutError: the engine did not answer in time."""
         answer: Future[Contents] = Future()
         self._inbox.put(ReadContents(answer))
+        if self._ended:
+            self._answer_readers()
         return answer.result(timeout)
 
     def _ask_snapshot(self) -> ChangeBatch | None:
@@ -199,6 +201,18 @@ class Engine:
             self._collect()
             self._work()
         self._shut_down()
+        self._ended = True
+        self._answer_readers()
+
+    def _answer_readers(self) -> None:
+        """After the end, objects can still be read."""
+        while not self._inbox.empty():
+            try:
+                item = self._inbox.get_nowait()
+            except Empty:
+                return
+            if isinstance(item, ReadContents):
+                item.answer.set_result(self._desired.store.contents())
 
     def _wait(self) -> list[Item]:
         """All that is in the inbox, waiting for the first until the next thing that is due."""

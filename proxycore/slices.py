@@ -20,7 +20,16 @@ import msgspec
 
 from . import canonical
 from .model import Endpoint, Family, Protocol
-from .objects import LABEL_SERVICE_NAME, EndpointSlice, Hints, SliceEndpoint, SlicePort
+from .objects import (
+    LABEL_SERVICE_NAME,
+    Conditions,
+    EndpointSlice,
+    Hints,
+    Metadata,
+    Named,
+    SliceEndpoint,
+    SlicePort,
+)
 from .problems import summarised
 
 PortKey = tuple[str, Protocol]
@@ -229,6 +238,40 @@ def _with_port(endpoints: tuple[Endpoint, ...], port: int) -> tuple[Endpoint, ..
             )
             for e in endpoints
         ]
+    )
+
+
+def unparse(item: SliceEndpoints) -> EndpointSlice:
+    """The API object that parse() makes the same of on its node, but for what was ignored in the first place."""
+    numbers, columns = item.layout.numbers, item.layout.columns
+    first = item.endpoints[0] if item.endpoints else ()
+    return EndpointSlice(
+        metadata=Metadata(item.name, item.namespace, labels={LABEL_SERVICE_NAME: item.service}),
+        address_type=item.family or "",
+        endpoints=tuple(map(_unparsed, first, item.hints or repeat(None, len(first)))),
+        ports=tuple(
+            [
+                SlicePort(name, protocol, number)
+                for place, number in enumerate(numbers)
+                for (name, protocol), places in columns.items()
+                if place in places
+            ]
+        ),
+    )
+
+
+def _unparsed(endpoint: Endpoint, hints: EndpointHints | None) -> SliceEndpoint:
+    plain = endpoint.ready and endpoint.serving and not endpoint.terminating
+    return SliceEndpoint(
+        (endpoint.address,),
+        None if plain else Conditions(endpoint.ready, endpoint.serving, endpoint.terminating),
+        endpoint.node,
+        endpoint.zone,
+        hints
+        and Hints(
+            tuple([Named(zone) for zone in sorted(hints.zones)]) or None,
+            tuple([Named(node) for node in sorted(hints.nodes)]) or None,
+        ),
     )
 
 

@@ -31,6 +31,8 @@ EDGES = frozenset(
         "proxycore.options",
         "proxycore.record",
         "proxycore.runtime",
+        "proxycore.saver",
+        "proxycore.statefile",
         "proxycore.signals",
         "proxycore.sources",
         "proxycore.testing",

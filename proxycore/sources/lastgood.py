@@ -1,0 +1,223 @@
+"""A source that has a saved state to fall back on, and the source `saved:FILE`, which is that state alone.
+
+    source --> Fallback --> engine            everything passes, once the source has delivered its first complete lists
+               ^
+    saved -----+                              delivered when the source has not come so far in time
+
+The first complete lists go out in one piece, so that nothing between the saved state and the live one is ever programmed.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from ..decode import describe, key_of
+from ..errors import SourceError
+from ..hookspecs import hookimpl
+from ..logs import Log
+from ..objects import APIObject
+from ..savedstate import Saved, check_owner
+from ..source import Applied, Event, Health, Sink, Source, SourceContext, Synced, Trouble
+from ..statefile import read
+
+
+class Fallback:
+    """Runs `source`; serves what `path` holds if that is not synced within `wait_seconds`, or is out of reach before.
+
+    A state of another node or another origin is refused, and so is a damaged file: then there is nothing to fall back on, and
+    `problem` says why.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        path: str,
+        *,
+        node: str,
+        origin: str,
+        wait_seconds: float,
+        log: Log,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self.live = threading.Event()
+        """The source has delivered its first complete lists."""
+        self.problem = ""
+        self._source = source
+        self._path = path
+        self._node = node
+        self._origin = origin
+        self._wait_seconds = wait_seconds
+        self._log = log
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._hurry = threading.Event()
+        """There is nothing to wait for: the source is live, out of reach, or over."""
+        self._held: list[Event] = []
+        self._troubles: dict[str, Trouble] = {}
+        self._fallen_back: Saved | None = None
+        self._stopped = False
+
+    def run(self, sink: Sink) -> None:
+        """Deliver until stop(); see `Source.run`."""
+        waiter = threading.Thread(target=self._fall_back, args=(sink,), name="saved-state", daemon=True)
+        waiter.start()
+        try:
+            self._source.run(_Gate(self, sink))
+        finally:
+            self._hurry.set()
+            waiter.join(timeout=5.0)
+
+    def stop(self) -> None:
+        """End run(); see `Source.stop`."""
+        self._stopped = True
+        self._hurry.set()
+        self._source.stop()
+
+    # -- the saved state -------------------------------------------------------------------------------------------
+
+    def _fall_back(self, sink: Sink) -> None:
+        self._hurry.wait(self._wait_seconds)
+        if self._stopped or self.live.is_set():
+            return
+        saved = self._read()
+        if saved is None:
+            return
+        with self._lock:
+            if self._stopped or self.live.is_set():
+                return
+            self._fallen_back = saved
+            events: list[Event] = [*saved.lists, Health("stale", self._age())]
+            if not saved.header.complete:
+                events.append(
+                    Trouble(self._subject(), "changes that came after it was written are not in it")
+                )
+            self._log.warning(
+                "serving the last known good state",
+                file=self._path,
+                age_seconds=round(self._clock() - saved.header.saved_at),
+                complete=bool(saved.header.complete),
+            )
+            sink.put([*events, Synced()])
+
+    def _read(self) -> Saved | None:
+        try:
+            saved = read(self._path)
+            if saved is not None:
+                check_owner(saved.header, self._path, self._node, self._origin)
+        except SourceError as error:
+            self.problem = str(error)
+            self._log.error(
+                "the last known good state cannot be used; waiting for the API server", error=error
+            )
+            return None
+        return saved
+
+    def _subject(self) -> str:
+        return f"saved state {self._path}"
+
+    def _age(self, reason: str = "") -> str:
+        assert self._fallen_back is not None
+        age = max(0, round(self._clock() - self._fallen_back.header.saved_at))
+        return f"serving the state that was saved {age} s ago{f'; {reason}' if reason else ''}"
+
+    # -- the live source -------------------------------------------------------------------------------------------
+
+    def put(self, sink: Sink, events: list[Event]) -> None:
+        """What the source delivers."""
+        if self.live.is_set():
+            sink.put(events)
+            return
+        with self._lock:
+            now: list[Event] = []
+            for place, event in enumerate(events):
+                if isinstance(event, Synced):
+                    now += self._first_lists()
+                    now += events[place:]
+                    break
+                if isinstance(event, Health):
+                    if event.state != "live":
+                        self._hurry.set()
+                    now.append(self._health(event))
+                elif isinstance(event, Trouble):
+                    self._troubles[event.subject] = event
+                else:
+                    self._held.append(event)
+            if now:
+                sink.put(now)
+
+    def _health(self, health: Health) -> Health:
+        if self._fallen_back is None or health.state != "stale":
+            return health
+        return Health("stale", self._age(health.reason))
+
+    def _first_lists(self) -> list[Event]:
+        """All that the source has delivered so far; what it could not read is as it was last known."""
+        self.live.set()
+        self._hurry.set()
+        held, self._held = self._held, []
+        troubles = [trouble for trouble in self._troubles.values() if trouble.reason]
+        self._troubles.clear()
+        if self._fallen_back is not None:
+            held.append(Trouble(self._subject(), ""))
+        if not troubles:
+            return held
+        known = self._last_known()
+        for trouble in troubles:
+            item = known.get(trouble.subject)
+            if item is not None:
+                held.append(Applied(item))
+                trouble = Trouble(trouble.subject, trouble.reason, harmless=True)
+            held.append(trouble)
+        return held
+
+    def _last_known(self) -> dict[str, APIObject]:
+        saved = self._fallen_back or self._read()
+        return {describe(key_of(item)): item for item in saved.objects} if saved else {}
+
+
+class _Gate:
+    """The sink that the source gets."""
+
+    def __init__(self, owner: Fallback, sink: Sink) -> None:
+        self._owner = owner
+        self._sink = sink
+
+    def put(self, events: list[Event]) -> None:
+        self._owner.put(self._sink, events)
+
+
+class SavedSource:
+    """A saved state, delivered once, as if it were live."""
+
+    def __init__(self, saved: Saved, path: str) -> None:
+        self._events: list[Event] = [*saved.lists, Synced(), Health("ended", f"{path} holds no more")]
+
+    def run(self, sink: Sink) -> None:
+        """Deliver everything; see `Source.run`."""
+        sink.put(self._events)
+
+    def stop(self) -> None:
+        """Nothing is ever under way."""
+
+
+class SavedPlugin:
+    """The plugin object of the source `saved`."""
+
+    @hookimpl
+    def proxycore_source_open(self, context: SourceContext) -> Source:
+        """The state that the argument names.  Raises SourceError: it is not there, damaged, or none of ours."""
+        if not context.argument or "\0" in context.argument:
+            raise SourceError("source saved needs a file: --source saved:FILE")
+        path = str(Path(context.argument))
+        saved = read(path)
+        if saved is None:
+            raise SourceError(f"{path}: there is no such file")
+        return SavedSource(saved, path)
+
+
+def plugin() -> SavedPlugin:
+    """Entry point of `saved`."""
+    return SavedPlugin()
