@@ -112,7 +112,7 @@ class Engine:
         self._missing: set[str] = set()
         """Subjects of troubles because of which something is not known."""
         self._adopted = False
-        self._said_hold = False
+        self._held = ""
         self._named_problems: dict[str, tuple[str, ...]] = {}
         self._problems_at = float("inf")
         self._told_host: HostState | None = None
@@ -316,14 +316,16 @@ class Engine:
         if not self._synced:
             return False
         if self._tally.applied_total or not self._adopted or not self._missing:
+            self._held = ""
             return True
-        if not self._said_hold:
-            self._said_hold = True
+        unread = sorted(self._missing)[:NAMED_IN_LOG]
+        if not self._held:
             self._log.error(
                 "nothing is programmed until this is mended: rules of an earlier run are in force, and would lose "
                 "what cannot be read",
-                unread=sorted(self._missing)[:NAMED_IN_LOG],
+                unread=unread,
             )
+        self._held = f"rules of an earlier run stay as they are until this can be read: {', '.join(unread)}"
         return False
 
     def _refresh_host(self) -> None:
@@ -549,6 +551,7 @@ class Engine:
             started=self._started,
             idle=self._pending_since is None and not self._backend.busy,
             pending_since=self._pending_since,
+            held=self._held,
             troubles=self._troubles,
         )
         if status != self.status:

@@ -74,6 +74,7 @@ class Tally:
         started: bool,
         idle: bool,
         pending_since: float | None,
+        held: str,
         troubles: Mapping[str, str],
     ) -> Status:
         """What others are told.  `idle`: nothing is under way and nothing waits."""
@@ -95,6 +96,7 @@ class Tally:
             last_queued=self.last_queued,
             pending_since=pending_since,
             refused=self.refused,
+            held=held,
             quarantined=quarantined,
             unsupported=unsupported,
             troubles=dict(troubles) if troubles else {},

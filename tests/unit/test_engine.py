@@ -319,7 +319,7 @@ def test_what_an_earlier_run_left_stays_while_something_cannot_be_read() -> None
     rig = Rig(adopted="table ip proxycore, 8 frontends")
     try:
         rig.put(service("a", "172.30.0.1"), Trouble("b.yaml:3", "is not YAML"), Synced())
-        _wait_until(lambda: rig.engine._said_hold)
+        _wait_until(lambda: rig.engine.status.held)
         assert rig.backend.batches.empty()
         rig.put(service("b", "172.30.0.2"), Trouble("b.yaml:3", ""))
         assert {change.name for change in rig.backend.next().changes} == {name_of("a"), name_of("b")}
