@@ -14,6 +14,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import msgspec
+
 from ..decode import describe, key_of
 from ..errors import SourceError
 from ..hookspecs import hookimpl
@@ -28,13 +30,15 @@ class Fallback:
     """Runs `source`; serves what `path` holds if that is not synced within `wait_seconds`, or is out of reach before.
 
     A state of another node or another origin is refused, and so is a damaged file: then there is nothing to fall back on, and
-    `problem` says why.
+    `problem` says why.  `path` None: no state is kept.
+    An object of the first lists that cannot be read is as it was saved; where that says nothing of it, it is left out, and
+    all others go on.
     """
 
     def __init__(
         self,
         source: Source,
-        path: str,
+        path: str | None,
         *,
         node: str,
         origin: str,
@@ -103,6 +107,8 @@ class Fallback:
             sink.put([*events, Synced()])
 
     def _read(self) -> Saved | None:
+        if self._path is None:
+            return None
         try:
             saved = read(self._path)
             if saved is not None:
@@ -162,15 +168,11 @@ class Fallback:
         self._troubles.clear()
         if self._fallen_back is not None:
             held.append(Trouble(self._subject(), ""))
-        if not troubles:
-            return held
-        known = self._last_known()
-        for trouble in troubles:
-            item = known.get(trouble.subject)
-            if item is not None:
-                held.append(Applied(item))
-                trouble = Trouble(trouble.subject, trouble.reason, harmless=True)
-            held.append(trouble)
+        known = self._last_known() if troubles else {}
+        for subject, reason, _ in map(msgspec.structs.astuple, troubles):
+            if subject in known:
+                held.append(Applied(known[subject]))
+            held.append(Trouble(subject, reason, harmless=True))
         return held
 
     def _last_known(self) -> dict[str, APIObject]:
