@@ -26,21 +26,34 @@ EDGES = frozenset(
         "proxycore.inbox",
         "proxycore.kernel",
         "proxycore.memory",
+        "proxycore.metrics",
         "proxycore.observers",
         "proxycore.offline",
+        "proxycore.nodefacts",
         "proxycore.options",
         "proxycore.record",
         "proxycore.runtime",
         "proxycore.saver",
         "proxycore.statefile",
+        "proxycore.servers",
         "proxycore.signals",
         "proxycore.sources",
+        "proxycore.takeover",
         "proxycore.testing",
     }
 )
 """Modules, and packages with all they hold, that touch threads, files, sockets, processes or the kernel."""
 
-PURE_AMONG_EDGES = frozenset({"proxycore.kernel.flow", "proxycore.observers.staleflows"})
+PURE_AMONG_EDGES = frozenset(
+    {
+        "proxycore.kernel.flow",
+        "proxycore.metrics.families",
+        "proxycore.metrics.recorder",
+        "proxycore.metrics.snapshot",
+        "proxycore.metrics.values",
+        "proxycore.observers.staleflows",
+    }
+)
 EFFECTS = frozenset(
     {
         "asyncio",
