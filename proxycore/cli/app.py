@@ -13,6 +13,7 @@ from typing import Annotated
 import typer
 
 from . import complete
+from .command import KubeProxyCommand, with_flags
 from .exits import TABLE, Exit, hang_up, report, say
 from .output import Format
 
@@ -58,6 +59,7 @@ app = typer.Typer(
         "proxyctl render --backend nft examples",
         "proxyctl plan --backend nft --source file:/etc/kubernetes/services",
         "proxyctl run --backend nft --source file:/etc/kubernetes/services --set clusterCIDR=10.244.0.0/16",
+        "proxyctl kube-proxy --config=/var/lib/kube-proxy/config.conf --hostname-override=node-1",
     )
     + "\n\n"
     + _codes(),
@@ -103,9 +105,21 @@ Source = Annotated[
     str | None,
     typer.Option(
         metavar="NAME[:ARGUMENT]",
-        help="Where Services come from, such as file:DIR or recording:FILE. Default: the configuration's.",
+        help="Where Services come from: kubernetes, kubernetes:CONTEXT, file:DIR, recording:FILE. "
+        "Default: the configuration's.",
         autocompletion=complete.sources,
     ),
+]
+Kubeconfig = Annotated[
+    str | None,
+    typer.Option(
+        metavar="FILE",
+        help="How the API server is reached. Default: the pod's service account, else kubectl's own.",
+    ),
+]
+Context = Annotated[str | None, typer.Option(metavar="NAME", help="Context of the kubeconfig.")]
+Master = Annotated[
+    str | None, typer.Option(metavar="URL", help="The API server's URL; overrules the kubeconfig's.")
 ]
 NodeName = Annotated[
     str | None,
@@ -128,7 +142,14 @@ Verbosity = Annotated[
 TraceHooks = Annotated[bool, typer.Option("--trace-hooks", help="Print each call of a plugin's hook.")]
 
 
-_OWN_FLAGS = {"hostnameOverride": "--node-name", "logging.format": "--log-format", "logging.verbosity": "-v"}
+_OWN_FLAGS = {
+    "hostnameOverride": "--node-name",
+    "logging.format": "--log-format",
+    "logging.verbosity": "-v",
+    "clientConnection.kubeconfig": "--kubeconfig",
+    "apiServer.context": "--context",
+    "apiServer.master": "--master",
+}
 """Flags that are not called as their field is."""
 
 
@@ -163,6 +184,7 @@ def _root(
 @app.command(
     short_help="Program this node's kernel until stopped.",
     epilog=_examples(
+        "proxyctl run --backend nft --kubeconfig ~/.kube/config --context kind-kind --node-name kind-worker",
         "proxyctl run --backend nft --source file:/etc/kubernetes/services",
         "proxyctl run --config /var/lib/kube-proxy/config.conf --node-name node-1 -v 4",
         "proxyctl run --backend nft --source recording:today.rec --pace 10",
@@ -174,6 +196,9 @@ def run(
     source: Source = None,
     config: Config = None,
     node_name: NodeName = None,
+    kubeconfig: Kubeconfig = None,
+    context: Context = None,
+    master: Master = None,
     takeover: Annotated[
         Takeover | None,
         typer.Option(
@@ -192,11 +217,16 @@ def run(
     safe: Annotated[
         bool, typer.Option("--safe", help="Load no observer but those of proxycore itself.")
     ] = False,
+    init_only: Annotated[
+        bool,
+        typer.Option("--init-only", help="Do once what needs all rights, such as host settings, and end."),
+    ] = False,
     set_: Set = None,
 ) -> None:
     """Program this node's kernel, and keep it so, until SIGTERM or SIGINT.
 
-    What is programmed stays when the command ends. A second signal ends it at once.
+    What is programmed stays when the command ends. A second signal ends it at once. Configuration files are read
+    again when they change, and on SIGHUP.
     """
     import os
 
@@ -211,11 +241,32 @@ def run(
         takeover=takeover and takeover.value,
         logging__format=log_format and log_format.value,
         logging__verbosity=None if verbosity is None else str(verbosity),
+        clientConnection__kubeconfig=kubeconfig,
+        apiServer__context=context,
+        apiServer__master=master,
     )
     if pace is not None and pace <= 0:
         raise typer.BadParameter("it must be above 0", param_hint="--pace")
-    options = resolve(config or [], flags, os.environ, pace=pace, trace_hooks=trace_hooks, safe=safe)
+    options = resolve(
+        config or [], flags, os.environ, pace=pace, trace_hooks=trace_hooks, safe=safe, init_only=init_only
+    )
     raise typer.Exit(run_until_stopped(options))
+
+
+@app.command(
+    "kube-proxy",
+    cls=KubeProxyCommand,
+    short_help="Be kube-proxy: its own command line, flag by flag.",
+    add_help_option=False,
+)
+@with_flags
+def kube_proxy(ctx: typer.Context) -> None:
+    """Be kube-proxy: its own command line, flag by flag."""
+    import os
+
+    from .kubeproxy import run_kube_proxy
+
+    raise typer.Exit(run_kube_proxy(ctx.args, os.environ))
 
 
 @app.command(
@@ -246,6 +297,9 @@ def render(
     source: Source = None,
     config: Config = None,
     node_name: NodeName = None,
+    kubeconfig: Kubeconfig = None,
+    context: Context = None,
+    master: Master = None,
     set_: Set = None,
     trace_hooks: TraceHooks = False,
 ) -> None:
@@ -258,7 +312,15 @@ def render(
     from ..options import resolve
     from .lists import show_rendered
 
-    flags = _flags(set_, backend=backend, source=_one_source(manifests, source), hostnameOverride=node_name)
+    flags = _flags(
+        set_,
+        backend=backend,
+        source=_one_source(manifests, source),
+        hostnameOverride=node_name,
+        clientConnection__kubeconfig=kubeconfig,
+        apiServer__context=context,
+        apiServer__master=master,
+    )
     show_rendered(resolve(config or [], flags, os.environ, trace_hooks=trace_hooks))
 
 
@@ -276,6 +338,9 @@ def plan(
     source: Source = None,
     config: Config = None,
     node_name: NodeName = None,
+    kubeconfig: Kubeconfig = None,
+    context: Context = None,
+    master: Master = None,
     set_: Set = None,
     output: Output = Format.TABLE,
     trace_hooks: TraceHooks = False,
@@ -289,7 +354,15 @@ def plan(
     from ..options import resolve
     from .lists import show_plan
 
-    flags = _flags(set_, backend=backend, source=_one_source(manifests, source), hostnameOverride=node_name)
+    flags = _flags(
+        set_,
+        backend=backend,
+        source=_one_source(manifests, source),
+        hostnameOverride=node_name,
+        clientConnection__kubeconfig=kubeconfig,
+        apiServer__context=context,
+        apiServer__master=master,
+    )
     options = resolve(config or [], flags, os.environ, trace_hooks=trace_hooks)
     raise typer.Exit(show_plan(options, output))
 
@@ -306,6 +379,9 @@ def record(
     source: Source = None,
     config: Config = None,
     node_name: NodeName = None,
+    kubeconfig: Kubeconfig = None,
+    context: Context = None,
+    master: Master = None,
     for_: Annotated[
         float | None, typer.Option("--for", metavar="SECONDS", min=0, help="End after this time.")
     ] = None,
@@ -320,7 +396,14 @@ def record(
     from ..options import resolve
     from .live import record_events
 
-    flags = _flags(set_, source=source, hostnameOverride=node_name)
+    flags = _flags(
+        set_,
+        source=source,
+        hostnameOverride=node_name,
+        clientConnection__kubeconfig=kubeconfig,
+        apiServer__context=context,
+        apiServer__master=master,
+    )
     record_events(resolve(config or [], flags, os.environ), file, for_)
 
 
@@ -383,16 +466,26 @@ def demo(
 @config_app.command(
     "show",
     epilog=_examples(
-        "proxyctl config show --config config.conf", "proxyctl config show -o json --set mode=nftables"
+        "proxyctl config show --config config.conf",
+        "proxyctl config show --origin -o yaml --config config.conf",
+        "proxyctl config show -o json --set mode=nftables",
     ),
 )
-def config_show(config: Config = None, set_: Set = None, output: Output = Format.TABLE) -> None:
-    """Print every field with the value in force and where it comes from."""
+def config_show(
+    config: Config = None,
+    set_: Set = None,
+    origin: Annotated[
+        bool,
+        typer.Option("--origin", help="Say where a value was written: file and line, variable, or flag. "),
+    ] = False,
+    output: Output = Format.TABLE,
+) -> None:
+    """Print every field with the value in force and where it comes from: flag > environment > file > default."""
     import os
 
     from .lists import show_config
 
-    show_config(config or [], _flags(set_), os.environ, output)
+    show_config(config or [], _flags(set_), os.environ, output, origin)
 
 
 @config_app.command("validate", epilog=_examples("proxyctl config validate config.conf"))

@@ -17,7 +17,7 @@ from ..kernel import presence
 from ..kernel.families import usable_families
 from ..model import HostState
 from ..offline import Offline, context_of, families_for, load_states
-from ..options import RunOptions
+from ..options import RunOptions, config_files
 from ..plugins import Listed, check_backend, check_source, list_plugins, load_backend, load_source
 from ..source import SourceContext
 from .exits import Exit, printable, say
@@ -39,6 +39,7 @@ FACTS = Column("facts", wide=True)
 PLAN_COLUMNS = (Column("verb"), Column("service"), Column("operation"))
 CLEANUP_COLUMNS = (Column("backend"), Column("removed"))
 CONFIG_COLUMNS = (Column("field"), Column("value"), Column("origin"))
+PLACE = Column("place")
 
 
 def show_backends(probe: bool, format: Format) -> None:
@@ -119,7 +120,9 @@ def _load(
     check_source(options.source)
     cell = load_backend(options.backend, trace_of(options))
     source = load_source(options.source_name, trace_of(options)).open(
-        SourceContext(argument=options.source_argument, node_name=options.node_name)
+        SourceContext(
+            argument=options.source_argument, node_name=options.node_name, api_server=options.api_server
+        )
     )
     families = families_for(cell.info)
     if addresses is not None:
@@ -175,27 +178,36 @@ def _cleanup_context(options: RunOptions) -> BackendContext:
 
 
 def show_config(
-    files: Sequence[str], flags: Mapping[str, object], environ: Mapping[str, str], format: Format
+    files: Sequence[str],
+    flags: Mapping[str, object],
+    environ: Mapping[str, str],
+    format: Format,
+    places: bool = False,
 ) -> None:
-    """`proxyctl config show`."""
-    loaded = load([Path(file) for file in files], flags, environ)
+    """`proxyctl config show`; `places`: where a value was written, to the line."""
+    loaded = load(config_files(files, environ), flags, environ)
     for warning in loaded.warnings:
         say(f"warning: {warning}")
     if format is Format.YAML:
-        emit(dump(loaded, origins=True))
+        emit(dump(loaded, origins=True, places=places))
         return
-    from ..config.dump import flow
+    from ..config.dump import PRECEDENCE, text_of
     from ..config.duration import format_duration
     from ..config.fields import FIELDS
 
     rows = []
     for field in FIELDS:
         value = loaded.values.get(field.path, field.default)
-        if field.type == "duration" and isinstance(value, int):
-            value = format_duration(value)
-        text: object = value if format is Format.JSON else flow(value)
-        rows.append({"field": field.path, "value": text, "origin": loaded.origins.get(field.path, "default")})
-    show(rows, CONFIG_COLUMNS, format)
+        text: object = text_of(field, value)
+        if format is Format.JSON:
+            text = format_duration(value) if field.type == "duration" and isinstance(value, int) else value
+        origin = loaded.origins.get(field.path, "default")
+        rows.append(
+            {"field": field.path, "value": text, "origin": origin, "place": loaded.places.get(field.path)}
+        )
+    show(rows, CONFIG_COLUMNS + ((PLACE,) if places else ()), format)
+    if places and format is not Format.JSON:
+        say(f"what goes before what: {PRECEDENCE}")
 
 
 def check_config(files: Sequence[str]) -> None:

@@ -34,7 +34,12 @@ def record_events(options: RunOptions, file: str, seconds: float | None) -> None
 
     check_source(options.source)
     source = load_source(options.source_name).open(
-        SourceContext(argument=options.source_argument, node_name=options.node_name, pace=options.pace)
+        SourceContext(
+            argument=options.source_argument,
+            node_name=options.node_name,
+            api_server=options.api_server,
+            pace=options.pace,
+        )
     )
     stop = threading.Event()
     timer = threading.Timer(seconds, stop.set) if seconds is not None else None

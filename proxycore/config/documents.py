@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -68,6 +69,18 @@ def read_files(files: Sequence[Path]) -> Written:
         if not documents:
             written.problems.append(Problem(str(file), None, str(file), "holds no configuration"))
     return written
+
+
+def fingerprint(files: Sequence[Path]) -> str:
+    """What tells one content of these files from another; that a file cannot be read is a content too."""
+    digest = hashlib.sha256()
+    for file in files:
+        try:
+            with file.open("rb") as stream:
+                digest.update(b"content" + hashlib.sha256(stream.read(MAX_BYTES + 1)).digest())
+        except (OSError, ValueError) as error:
+            digest.update(f"error {error}\n".encode("utf-8", "backslashreplace"))
+    return digest.hexdigest()
 
 
 def _load(file: Path, written: Written) -> list[Document] | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import yaml
 
@@ -12,23 +12,39 @@ from .field import API_VERSIONS, Field
 from .fields import FIELDS
 from .model import Loaded
 
+PRECEDENCE = "flag > environment > file > default"
+"""What goes before what."""
+
 _PLAIN = re.compile(r"[A-Za-z][A-Za-z0-9._/-]*\Z")
 _AMBIGUOUS = frozenset({"y", "n", "yes", "no", "on", "off", "true", "false", "null"})
 
 
-def dump(loaded: Loaded, *, origins: bool = False) -> str:
-    """The configuration in force as YAML: a KubeProxyConfiguration and a ProxycoreConfiguration.
+def dump(
+    loaded: Loaded,
+    *,
+    origins: bool = False,
+    places: bool = False,
+    documents: Sequence[str] = tuple(API_VERSIONS),
+) -> str:
+    """The configuration in force as YAML: a KubeProxyConfiguration and a ProxycoreConfiguration, or one of these.
 
     Every field is there, defaults included; load() of the text gives the same Config, but for a port
     that an empty flag switched off, which a file cannot say.  `origins` adds to each field a
-    comment that says where its value comes from.
+    comment that says where its value comes from; `places` says it to the line, and what goes before what.
     """
-    return "---\n".join(
-        "".join(f"{line}\n" for line in _document(kind, loaded, origins)) for kind in API_VERSIONS
+
+    def comment(path: str) -> str:
+        if places:
+            return loaded.origin_and_place(path)
+        return loaded.origins.get(path, "default") if origins else ""
+
+    head = f"# {PRECEDENCE}\n" if places else ""
+    return head + "---\n".join(
+        "".join(f"{line}\n" for line in _document(kind, loaded, comment)) for kind in documents
     )
 
 
-def _document(kind: str, loaded: Loaded, origins: bool) -> Iterator[str]:
+def _document(kind: str, loaded: Loaded, comment: Callable[[str], str]) -> Iterator[str]:
     yield f"apiVersion: {API_VERSIONS[kind]}"
     yield f"kind: {kind}"
     section = ""
@@ -40,9 +56,10 @@ def _document(kind: str, loaded: Loaded, origins: bool) -> Iterator[str]:
         if sections and sections[0] != section:
             section = sections[0]
             yield f"{section}:"
-        comment = f"  # {_comment(loaded.origins.get(field.path, 'default'))}" if origins else ""
+        said = comment(field.path)
         indent = "  " if sections else ""
-        yield f"{indent}{name}: {_value(field, loaded)}{comment}"
+        value = text_of(field, loaded.values.get(field.path, field.default))
+        yield f"{indent}{name}: {value}{f'  # {_comment(said)}' if said else ''}"
 
 
 def _section(field: Field) -> str:
@@ -53,8 +70,8 @@ def _place(item: tuple[int, Field], order: Mapping[str, int]) -> int:
     return order[_section(item[1])]
 
 
-def _value(field: Field, loaded: Loaded) -> str:
-    value = loaded.values.get(field.path, field.default)
+def text_of(field: Field, value: object) -> str:
+    """A field's value on one line, as a file would hold it."""
     if field.type == "duration" and isinstance(value, int):
         return format_duration(value)
     return flow(value)

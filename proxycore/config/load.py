@@ -18,6 +18,8 @@ from .resolve import Resolver
 from .values import check, is_zero, typed_text
 
 _PREFIX = "PROXYCORE_"
+FILES_VARIABLE = "PROXYCORE_CONFIG"
+"""Names configuration files, commas between them; it is no field."""
 
 
 class Flag(NamedTuple):
@@ -61,6 +63,7 @@ def load(
         warnings=tuple(written.warnings + resolver.warnings),
         origins=resolver.origins,
         values=resolver.values,
+        places=resolver.places,
     )
 
 
@@ -95,7 +98,7 @@ def _sentence(problem: Problem) -> str:
 def _environment(environ: Mapping[str, str], written: Written) -> dict[str, Setting]:
     found: dict[str, Setting] = {}
     for name, text in environ.items():
-        if not name.startswith(_PREFIX):
+        if not name.startswith(_PREFIX) or name == FILES_VARIABLE:
             continue
         field = ENVIRONMENT.get(name)
         if field is None:

@@ -97,9 +97,18 @@ class Loaded(msgspec.Struct, frozen=True, kw_only=True):
 
     `warnings`: a sentence each, for people.  By field path (`iptables.masqueradeBit`): `origins`, which are `flag`,
     `environment`, `default` or a file's name, and `values`, those in force, durations in nanoseconds.
+    `places`: where exactly, for what is no default: file and line, the variable, the flag as it was written.
     """
 
     config: Config
     warnings: tuple[str, ...] = ()
     origins: Mapping[str, str] = {}
     values: Mapping[str, object] = {}
+    places: Mapping[str, str] = {}
+
+    def origin_and_place(self, path: str) -> str:
+        """`file (config.conf:3)`, `environment (PROXYCORE_MODE)`, `flag (--set mode)` or `default`."""
+        origin, place = self.origins.get(path, "default"), self.places.get(path)
+        if origin in ("flag", "environment", "default"):
+            return f"{origin} ({place})" if place else origin
+        return f"file ({place or origin})"

@@ -51,6 +51,7 @@ class Resolver:
         self.values: dict[str, Any] = {field.path: field.default for field in FIELDS}
         self.values.update((path, setting.value) for path, setting in settings.items())
         self.origins = {path: self._origin(path) for path in BY_PATH}
+        self.places = {path: setting.where for path, setting in settings.items()}
         self.problems: list[Problem] = []
         self.warnings: list[str] = []
 
@@ -154,7 +155,7 @@ class Resolver:
         backend: str = self.values["backend"]
         if not backend or (mode and self._rank("mode") > self._rank("backend")):
             mode = mode or DEFAULT_MODE
-            return self._chosen(MODES[mode], mode, self.origins["mode"])
+            return self._chosen(MODES[mode], mode, "mode")
         self._matching("backend", _BACKEND_NAME, "the name of a plugin")
         own_mode = next((name for name, plugin in MODES.items() if plugin == backend), None)
         if own_mode and mode and mode != own_mode:
@@ -162,13 +163,16 @@ class Resolver:
                 f"{self._settings['mode'].where}: mode: {mode} gives way to backend {backend}, "
                 f"for which the settings of {own_mode} hold"
             )
-        return self._chosen(backend, own_mode or mode or DEFAULT_MODE, self.origins["backend"])
+        return self._chosen(backend, own_mode or mode or DEFAULT_MODE, "backend")
 
-    def _chosen(self, backend: str, mode: str, origin: str) -> tuple[str, str]:
-        if self.values["mode"] != mode:
-            self.values["mode"], self.origins["mode"] = mode, origin
-        if self.values["backend"] != backend:
-            self.values["backend"], self.origins["backend"] = backend, origin
+    def _chosen(self, backend: str, mode: str, decisive: str) -> tuple[str, str]:
+        """One of the two fields has decided about both; the other then comes from where that one does."""
+        for path, value in (("mode", mode), ("backend", backend)):
+            if self.values[path] != value:
+                self.values[path], self.origins[path] = value, self.origins[decisive]
+                self.places.pop(path, None)
+                if decisive in self.places:
+                    self.places[path] = self.places[decisive]
         return backend, mode
 
     def _backend_options(self, backend: str, mode: str, localhost: bool) -> dict[str, Any]:

@@ -197,12 +197,14 @@ def parse_url(text: str) -> str:
     url = text if "://" in text else f"https://{text}"
     try:
         parts = urllib.parse.urlsplit(url)
-        held = parts.username is not None or parts.query or parts.fragment
-        sound = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+        held = parts.username is not None or bool(parts.query or parts.fragment)
+        sound = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
     except ValueError:
-        held, sound = False, False
+        held = sound = False
     if held:  # which may be a secret: it is not repeated
-        raise ValueError("a URL must hold no user, query or fragment here, but scheme, host, port and path only")
+        raise ValueError(
+            "a URL must hold no user, query or fragment here, but scheme, host, port and path only"
+        )
     if not sound or not text.isprintable() or any(char.isspace() for char in text):
         raise ValueError(f"{text!r} is no URL such as https://10.0.0.1:6443")
     return url

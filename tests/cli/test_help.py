@@ -16,6 +16,7 @@ from .conftest import Installed, Run
 
 COMMANDS = [
     ("run",),
+    ("kube-proxy",),
     ("backends",),
     ("render",),
     ("plan",),
@@ -58,7 +59,9 @@ def test_the_example_of_plan_speaks_only_when_there_are_differences(proxyctl: Ru
 
 
 def test_every_command_is_tested_here() -> None:
-    names = {command.callback.__name__ for command in app.registered_commands if command.callback}
+    names = {
+        command.callback.__name__.replace("_", "-") for command in app.registered_commands if command.callback
+    }
     assert names == {command[0] for command in COMMANDS} - {"config"}
 
 
