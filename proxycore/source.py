@@ -89,7 +89,11 @@ class SourceContext(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Source(Protocol):
-    """A source runs on one thread of its own."""
+    """A source runs on one thread of its own.
+
+    One whose objects come from afar may have an attribute `origin`, text that says from where (the API server's URL): then
+    what it delivered is kept on disk, for a start at which it is out of reach.
+    """
 
     def run(self, sink: Sink) -> None:
         """Deliver events until stop(); returns early when a finite source has ended.

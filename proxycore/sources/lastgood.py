@@ -49,10 +49,10 @@ class Fallback:
         self.live = threading.Event()
         """The source has delivered its first complete lists."""
         self.problem = ""
+        self.origin = origin
         self._source = source
         self._path = path
         self._node = node
-        self._origin = origin
         self._wait_seconds = wait_seconds
         self._log = log
         self._clock = clock
@@ -112,7 +112,7 @@ class Fallback:
         try:
             saved = read(self._path)
             if saved is not None:
-                check_owner(saved.header, self._path, self._node, self._origin)
+                check_owner(saved.header, self._path, self._node, self.origin)
         except SourceError as error:
             self.problem = str(error)
             self._log.error(
