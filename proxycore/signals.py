@@ -1,4 +1,4 @@
-"""Ending on SIGTERM and SIGINT: cleanly the first time, at once the second."""
+"""Ending on SIGTERM and SIGINT, cleanly the first time, at once the second; and SIGHUP."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 @contextmanager
-def stopping(stop: Callable[[], None]) -> Iterator[None]:
+def stopping(stop: Callable[[], None], reload: Callable[[], None] | None = None) -> Iterator[None]:
     """While inside, the first signal calls `stop`, which must not block; a second one ends the process with 128 + N.
 
+    `reload`, which must not block either, is called at each SIGHUP; without it, SIGHUP does what it did before.
     For the main thread only.  The previous handlers come back at the end.
     """
     received = False
@@ -27,7 +28,13 @@ def stopping(stop: Callable[[], None]) -> Iterator[None]:
         received = True
         stop()
 
+    def hang_up(number: int, frame: FrameType | None) -> None:
+        if reload is not None and not received:
+            reload()
+
     previous = {number: signal.signal(number, handle) for number in SIGNALS}
+    if reload is not None:
+        previous[signal.SIGHUP] = signal.signal(signal.SIGHUP, hang_up)
     try:
         yield
     finally:

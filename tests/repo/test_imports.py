@@ -32,6 +32,7 @@ EDGES = frozenset(
         "proxycore.nodefacts",
         "proxycore.options",
         "proxycore.record",
+        "proxycore.reload",
         "proxycore.runtime",
         "proxycore.saver",
         "proxycore.statefile",
