@@ -34,6 +34,24 @@ _ALL: frozenset[Endpoint] = frozenset(ENDPOINTS)
 _SERVING: frozenset[Endpoint] = frozenset({"readyz", "healthz"})
 _NOTHING: frozenset[Endpoint] = frozenset()
 
+CHECKS: Mapping[str, frozenset[Endpoint]] = {
+    "engine": _ALL,
+    "backend": _ALL,
+    "pending": _ALL,
+    "programmed": _SERVING,
+    "source": frozenset({"readyz"}),
+    "node": frozenset({"healthz"}),
+    "quarantined": _NOTHING,
+    "unsupported": _NOTHING,
+    "objects": _NOTHING,
+    "drift": _NOTHING,
+    "observers": _NOTHING,
+    "saved-state": _NOTHING,
+    "configuration": _NOTHING,
+    "servers": _NOTHING,
+}
+"""All checks in their order, and the endpoints that each may turn red."""
+
 
 class Check(msgspec.Struct, frozen=True, kw_only=True):
     """One thing that was looked at.
@@ -101,24 +119,6 @@ def judge(facts: Facts) -> Verdict:
         )
     )
 
-
-CHECKS = (
-    "engine",
-    "backend",
-    "pending",
-    "programmed",
-    "source",
-    "node",
-    "quarantined",
-    "unsupported",
-    "objects",
-    "drift",
-    "observers",
-    "saved-state",
-    "configuration",
-    "servers",
-)
-"""Names of all checks, in their order."""
 
 # -- what gates ----------------------------------------------------------------------------------------------------
 
@@ -198,7 +198,7 @@ def _source(facts: Facts) -> Check:
 def _node(status: Status) -> Check:
     node = status.node
     detail = "may get traffic" if node.eligible else cut(node.why)
-    return Check(name="node", healthy=node.eligible, detail=detail, gates=frozenset({"healthz"}))
+    return Check(name="node", healthy=node.eligible, detail=detail, gates=CHECKS["node"])
 
 
 # -- what is for information ---------------------------------------------------------------------------------------

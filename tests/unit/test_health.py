@@ -153,8 +153,10 @@ def test_what_gates_nothing_is_shown_nevertheless(case: str) -> None:
 @pytest.mark.parametrize("case", RULES, ids=str)
 def test_every_check_is_there_every_time_with_a_detail(case: str) -> None:
     checks = judge(RULES[case][0]).checks
-    assert tuple(check.name for check in checks) == CHECKS
+    assert tuple(check.name for check in checks) == tuple(CHECKS)
     assert all(check.detail and check.detail.isprintable() for check in checks)
+    assert all(check.gates == CHECKS[check.name] for check in checks if check.healthy)
+    assert all(check.gates <= CHECKS[check.name] for check in checks)
 
 
 def test_the_proxy_may_be_well_on_a_node_that_goes() -> None:
@@ -316,7 +318,7 @@ def test_a_time_that_has_not_come() -> None:
 def test_checks_in_the_body() -> None:
     given = RULES["quarantined"][0]
     checks = body(given, since={"quarantined": NOW - 5})["checks"]
-    assert tuple(checks) == CHECKS
+    assert tuple(checks) == tuple(CHECKS)
     assert checks["quarantined"] == {
         "healthy": False,
         "detail": "1 Service port set aside after a failure",
