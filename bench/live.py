@@ -44,14 +44,14 @@ class _Acknowledged:
 
     def start(self, context: Any) -> None: ...
 
-    def applied(self, batch: ChangeBatch, result: ApplyResult) -> None:
+    def applied(self, batch: ChangeBatch, result: ApplyResult, seconds: float) -> None:
         self.batches += 1
         self.changes += len(batch.changes)
         if result.failed or result.unsupported:
             raise AssertionError(f"not everything is in force: {result}")
         self.answers.put((time.perf_counter(), result))
 
-    def failed(self, batch: ChangeBatch, result: ApplyResult) -> None:
+    def failed(self, batch: ChangeBatch, result: ApplyResult, seconds: float) -> None:
         raise AssertionError(f"refused: {result.message}")
 
     def drift(self, verification: Any) -> None:

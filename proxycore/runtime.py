@@ -1,60 +1,52 @@
-"""`proxyctl run`: the parts put together, started in order, ended in order."""
+"""`proxyctl run`: the parts put together, started in order, ended in order.
+
+    configuration --> NodeFacts --+            +--> Servers (health, metrics)
+         ^   |                    v            |
+    Reloader +-- pace ---------> Engine --facts+--> observers
+                                  ^    \\
+    source --> Fallback ----------+     +--> Saver --> the last known good state on disk
+"""
 
 from __future__ import annotations
 
 import gc
 import sys
 import threading
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable
+from typing import Any
 
+from . import hostsetup, logs
 from .backend import BackendContext, Capability
 from .cell import BackendCell
 from .changes import ChangeBatch
+from .config import Difference, Loaded
+from .config.configz import configz
 from .dispatch import BackendReply, BackendRunner, ObserverRunner
 from .engine import Engine
 from .errors import KernelError, SourceError
-from .host import InterfaceAddress, reserved_ports, resolve_host
+from .host import reserved_ports
 from .inbox import EngineSettings
 from .kernel import presence
-from .kernel.addresses import AddressWatch
-from .kernel.families import usable_families
 from .logs import Log, get
-from .model import HostState
-from .objects import Node, ServiceCIDR
+from .nodefacts import NodeFacts
 from .options import RunOptions
-from .plugins import load_backend, load_observers, load_source
+from .plugins import Observers, load_backend, load_observers, load_source
+from .reload import Reloader
+from .saver import Saver
+from .servers import Servers
 from .signals import stopping
-from .source import Source, SourceContext
+from .source import APIServer, Source, SourceContext
+from .sources.lastgood import Fallback
+from .statefile import DEFAULT_PATH
+from .status import Facts
+from .takeover import Takeover
 
-BUILT_IN_OBSERVERS = ("conntrack", "health-check-ports")
+BUILT_IN_OBSERVERS = ("conntrack", "events", "health-check-ports", "metrics")
+API_SOURCE = "kubernetes"
+NO_STATE = "none"
 SWITCH_INTERVAL_SECONDS = 0.0005
 """How long a thread may keep the interpreter while another waits; Python's default of 5 ms would delay each hand-over."""
-
-
-class _Host:
-    """The node's facts, worked out from configuration, Node object and the newest addresses."""
-
-    def __init__(self, options: RunOptions, addresses: tuple[InterfaceAddress, ...], log: Log) -> None:
-        self._options = options
-        self._log = log
-        self._said: set[str] = set()
-        self.addresses = addresses
-        self.families = usable_families()
-
-    def __call__(self, node: Node | None, service_cidrs: Sequence[ServiceCIDR]) -> HostState:
-        resolution = resolve_host(
-            self._options.config.config,
-            self._options.node_name,
-            node,
-            self.addresses,
-            service_cidrs,
-            self.families,
-        )
-        for warning in resolution.warnings:
-            if warning not in self._said:
-                self._said.add(warning)
-                self._log.warning("configuration", warning=warning)
-        return resolution.state
 
 
 def run_proxy(options: RunOptions) -> int:
@@ -64,104 +56,244 @@ def run_proxy(options: RunOptions) -> int:
     """
     sys.setswitchinterval(SWITCH_INTERVAL_SECONDS)
     config = options.config.config
-    log = get("engine")
     trace = get("hooks").info if options.trace_hooks else None
     cell = load_backend(options.backend, trace=trace)
+    if options.init_only:
+        return 0 if hostsetup.prepare(config, log=get("host"), strict=True) else 1
     observers = load_observers(
         BUILT_IN_OBSERVERS if options.safe else config.observers_enabled,
         {*config.observers_disabled, *(() if cell.info.conntrack else ("conntrack",))},
         trace=trace,
     )
-    for problem in observers.problems:
-        log.error("observer left out", error=problem)
     source = load_source(options.source_name, trace=trace).open(
-        SourceContext(argument=options.source_argument, node_name=options.node_name, pace=options.pace)
-    )
-    watch = AddressWatch()
-    host = _Host(options, watch.current(), log)
-    first = host(None, ())
-    context = BackendContext(
-        host=first,
-        families=first.families,
-        options=config.backend_options,
-        takeover=options.takeover,
-    )
-    probe(cell, context, log)
-    sign = presence.claim()
-    if sign is None:
-        log.warning(
-            "a process of another user has the name by which proxies see each other; going on without it"
-        )
-
-    if (
-        "localhost" in config.node_port_addresses
-        and Capability.LOCALHOST_NODE_PORT not in cell.info.capabilities
-    ):
-        log.warning(
-            "configuration", warning=f"the {cell.name} backend serves no node ports on loopback addresses"
-        )
-
-    def observer_runners(snapshot: Callable[[], ChangeBatch | None]) -> list[ObserverRunner]:
-        return [ObserverRunner(observer, snapshot, log=get("observer")) for observer in observers.cells]
-
-    def backend_runner(deliver: Callable[[BackendReply], None]) -> BackendRunner:
-        return BackendRunner(cell, deliver, log=get("backend"))
-
-    engine = Engine(
-        settings=EngineSettings(
+        SourceContext(
+            argument=options.source_argument,
             node_name=options.node_name,
+            api_server=options.api_server,
+            pace=options.pace,
+        )
+    )
+    return _Proxy(options, cell, observers, source).run()
+
+
+class _Proxy:
+    """One run.  Making it touches nothing but reads the kernel; raises KernelError, ConfigError."""
+
+    def __init__(self, options: RunOptions, cell: BackendCell, observers: Observers, source: Source) -> None:
+        config = options.config.config
+        self._options = options
+        self._loaded = options.config
+        self._configz = configz(options.config)
+        self._cell = cell
+        self._found = observers
+        self._log = get("engine")
+        for problem in observers.problems:
+            self._log.error("observer left out", error=problem)
+        self._node = NodeFacts(config, options.node_name, self._log)
+        first = self._node(None, ())
+        self._context = BackendContext(
+            host=first,
             families=first.families,
+            options=config.backend_options,
+            takeover=options.takeover,
+        )
+        self._takeover = Takeover(
+            options.takeover,
+            backend=cell.name,
+            node_name=options.node_name,
+            exclude_cidrs=options.config.values.get("ipvs.excludeCIDRs", ()),  # type: ignore[arg-type]
+            log=get("takeover"),
+        )
+        self._takeover.refuse_if_needed()
+        probe(cell, self._context, self._log)
+        self._fallback, self._saver_path = self._with_fallback(source)
+        self._registry = _registry()
+        self._engine = Engine(
+            settings=self._settings(),
+            host_of=self._node,
+            backend=self._backend_runner,
+            backend_info=cell.info,
+            observers=self._observer_runners,
+            log=self._log,
+            changed=self._object_changed,
+            in_force=self._first_in_force,
+            for_observers={
+                "facts": self.facts,
+                "registry": self._registry,
+                "mode": config.mode,
+                "api_server": self._api_server(),
+            },
+        )
+        self._saver = self._make_saver()
+        self._reloader = Reloader(options, self._config_changed, get("config"))
+        self._servers = Servers(
+            self.facts,
+            self._registry,
+            mode=lambda: self._loaded.config.mode,
+            configz=lambda: self._configz,
+        )
+
+    # -- parts --
+
+    def _with_fallback(self, source: Source) -> tuple[Fallback, str | None]:
+        """Only what comes from afar is worth keeping: such a source says where from."""
+        config = self._loaded.config
+        origin = str(getattr(source, "origin", "") or "")
+        path = config.saved_state_file or DEFAULT_PATH
+        kept = path if origin and path != NO_STATE else None
+        fallback = Fallback(
+            source,
+            kept,
+            node=self._options.node_name,
+            origin=origin,
+            wait_seconds=config.saved_state_wait_seconds,
+            log=get("saved-state"),
+        )
+        return fallback, kept
+
+    def _make_saver(self) -> Saver | None:
+        if self._saver_path is None:
+            return None
+        return Saver(
+            self._saver_path,
+            node=self._options.node_name,
+            origin=self._fallback.origin,
+            read=self._engine.contents,
+            live=self._fallback.live,
+            log=get("saved-state"),
+        )
+
+    def _api_server(self) -> APIServer | None:
+        return self._options.api_server if self._options.source_name == API_SOURCE else None
+
+    def _settings(self) -> EngineSettings:
+        config = self._loaded.config
+        return EngineSettings(
+            node_name=self._options.node_name,
+            families=self._context.families,
             sync_period_seconds=config.sync_period_seconds,
             min_sync_period_seconds=config.min_sync_period_seconds,
             verify_interval_seconds=config.verify_interval_seconds,
             backend_options=dict(config.backend_options),
-            takeover=options.takeover,
+            takeover=self._options.takeover,
             reserved_ports=reserved_ports(config),
             observer_options={name: dict(values) for name, values in config.observer_options.items()},
-        ),
-        host_of=host,
-        backend=backend_runner,
-        backend_info=cell.info,
-        observers=observer_runners,
-        log=log,
-    )
+        )
 
-    def addresses_changed(addresses: tuple[InterfaceAddress, ...]) -> None:
-        host.addresses = addresses
-        engine.host_may_have_changed()
+    def _backend_runner(self, deliver: Callable[[BackendReply], None]) -> BackendRunner:
+        return BackendRunner(self._cell, deliver, log=get("backend"))
 
-    stopping_now = threading.Event()
-    log.info(
-        "starting",
-        backend=cell.name,
-        distribution=cell.distribution,
-        source=options.source,
-        node=options.node_name,
-        families=list(first.families),
-    )
-    threads = [
-        threading.Thread(
-            target=_follow_addresses,
-            args=(watch, addresses_changed, stopping_now, log),
-            name="addresses",
-            daemon=True,
-        ),
-        threading.Thread(target=_run_source, args=(source, engine, log), name="source", daemon=True),
-    ]
-    with stopping(engine.stop):
-        for thread in threads:
-            thread.start()
-        # Objects of the start live as long as the process; the collector need not look at them again and again.
-        gc.freeze()
-        engine.run()
-    source.stop()
-    stopping_now.set()
-    watch.stop()
-    for thread in threads:
-        thread.join(timeout=1.0)
-    if sign is not None:
-        presence.let_go(sign)
-    return 0
+    def _observer_runners(self, snapshot: Callable[[], ChangeBatch | None]) -> list[ObserverRunner]:
+        return [ObserverRunner(observer, snapshot, log=get("observer")) for observer in self._found.cells]
+
+    # -- what others ask and tell, from their threads --
+
+    def facts(self) -> Facts:
+        """Everything that health and metrics judge by, as of now."""
+        config = self._loaded.config
+        return Facts(
+            now=time.time(),
+            monotonic=time.monotonic(),
+            status=self._engine.status,
+            engine_silent_seconds=time.monotonic() - self._engine.beat,
+            backend_overdue=self._engine.backend_overdue(),
+            backend_overdue_total=self._engine.backend_overdue_total(),
+            observers=self._engine.observers(),
+            left_out=tuple(map(str, self._found.problems)),
+            saved=self._saver.status() if self._saver else None,
+            config=self._reloader.status(),
+            servers=self._servers.status(),
+            sync_period_seconds=config.sync_period_seconds,
+            stale_after_seconds=config.stale_after_seconds,
+            source_name=self._options.source,
+        )
+
+    def _object_changed(self) -> None:
+        if self._saver is not None:
+            self._saver.changed()
+
+    def _first_in_force(self) -> None:
+        threading.Thread(target=self._takeover.after_first_sync, name="takeover", daemon=True).start()
+
+    def _config_changed(self, difference: Difference, loaded: Loaded) -> None:
+        """Take over what can change while we run; called on the reloader's thread."""
+        before, config = self._loaded.config, loaded.config
+        self._loaded, self._configz = loaded, configz(loaded)
+        logs.configure(config.log_format, config.log_verbosity)
+        if (config.conntrack, config.oom_score_adj) != (before.conntrack, before.oom_score_adj):
+            hostsetup.prepare(config, log=get("host"), strict=False)
+        self._engine.set_pace(
+            sync_period_seconds=config.sync_period_seconds,
+            min_sync_period_seconds=config.min_sync_period_seconds,
+            verify_interval_seconds=config.verify_interval_seconds,
+        )
+        self._node.config = config
+        self._engine.host_may_have_changed()
+        self._servers.serve(config.healthz_bind_address, config.metrics_bind_address, hard_fail=False)
+
+    # -- life --
+
+    def run(self) -> int:
+        """From the first thread to the last; the exit status."""
+        config = self._loaded.config
+        sign = presence.claim()
+        if sign is None:
+            self._log.warning(
+                "a process of another user has the name by which proxies see each other; going on without it"
+            )
+        self._say_what_is_missing()
+        self._log.info(
+            "starting",
+            backend=self._cell.name,
+            chosen_by=self._loaded.origin_and_place("backend"),
+            distribution=self._cell.distribution,
+            source=self._options.source,
+            node=self._options.node_name,
+            families=list(self._context.families),
+        )
+        hostsetup.prepare(config, log=get("host"), strict=False)
+        self._servers.serve(
+            config.healthz_bind_address, config.metrics_bind_address, hard_fail=config.bind_address_hard_fail
+        )
+        source = threading.Thread(
+            target=_run_source, args=(self._fallback, self._engine, self._log), name="source", daemon=True
+        )
+        with stopping(self._engine.stop, self._reloader.request):
+            if self._saver is not None:
+                self._saver.start()
+            self._node.follow(self._engine.host_may_have_changed)
+            source.start()
+            self._reloader.start()
+            # Objects of the start live as long as the process; the collector need not look at them again and again.
+            gc.freeze()
+            self._engine.run()
+        self._fallback.stop()
+        self._takeover.stop()
+        self._reloader.stop()
+        if self._saver is not None:
+            self._saver.stop()
+        self._servers.close()
+        self._node.stop()
+        source.join(timeout=1.0)
+        if sign is not None:
+            presence.let_go(sign)
+        return 0
+
+    def _say_what_is_missing(self) -> None:
+        if (
+            "localhost" in self._loaded.config.node_port_addresses
+            and Capability.LOCALHOST_NODE_PORT not in self._cell.info.capabilities
+        ):
+            self._log.warning(
+                "configuration",
+                warning=f"the {self._cell.name} backend serves no node ports on loopback addresses",
+            )
+
+
+def _registry() -> Any:
+    from prometheus_client import CollectorRegistry
+
+    return CollectorRegistry()
 
 
 def probe(cell: BackendCell, context: BackendContext, log: Log) -> None:
@@ -173,23 +305,6 @@ def probe(cell: BackendCell, context: BackendContext, log: Log) -> None:
         log.warning("host", warning=warning)
     if found.problems:
         raise KernelError(f"this host cannot carry the {cell.name} backend: {'; '.join(found.problems)}")
-
-
-def _follow_addresses(
-    watch: AddressWatch,
-    callback: Callable[[tuple[InterfaceAddress, ...]], None],
-    stopping_now: threading.Event,
-    log: Log,
-) -> None:
-    """Follow the node's addresses whatever happens: a table in motion cannot always be read at the first try."""
-    pause = 0.1
-    while not stopping_now.is_set():
-        try:
-            watch.run(callback)
-        except Exception as error:  # noqa: BLE001  the next look reads everything again
-            log.warning("cannot follow the node's addresses, trying again", error=error, pause_seconds=pause)
-            stopping_now.wait(pause)
-            pause = min(pause * 2, 30.0)
 
 
 def _run_source(source: Source, engine: Engine, log: Log) -> None:
