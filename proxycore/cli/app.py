@@ -114,7 +114,7 @@ Kubeconfig = Annotated[
     str | None,
     typer.Option(
         metavar="FILE",
-        help="How the API server is reached. Default: the pod's service account, else kubectl's own.",
+        help="How the API server is reached. Default: KUBECONFIG, the pod's service account, ~/.kube/config.",
     ),
 ]
 Context = Annotated[str | None, typer.Option(metavar="NAME", help="Context of the kubeconfig.")]
@@ -476,7 +476,7 @@ def config_show(
     set_: Set = None,
     origin: Annotated[
         bool,
-        typer.Option("--origin", help="Say where a value was written: file and line, variable, or flag. "),
+        typer.Option("--origin", help="Say where a value was written: file and line, variable, or flag."),
     ] = False,
     output: Output = Format.TABLE,
 ) -> None:

@@ -79,7 +79,7 @@ GROUPS: dict[str, tuple[KubeFlag, ...]] = {
             "always",
         ),
         _text("master", "URL", "The API server (beside --config too); overrules the kubeconfig's.", "always"),
-        _text("kubeconfig", "FILE", "Default: the pod's service account."),
+        _text("kubeconfig", "FILE", "Default: KUBECONFIG, the pod's service account, ~/.kube/config."),
         _text("kube-api-qps", "N", "Requests a second."),
         _text("kube-api-burst", "N", "Requests at once."),
         _text("kube-api-content-type", "TYPE", "Without effect: JSON is always used."),

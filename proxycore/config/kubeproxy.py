@@ -44,7 +44,7 @@ _GENERAL = (
         "clientConnection.kubeconfig",
         "text",
         "",
-        "for the source `kubernetes`; empty: the pod's service account",
+        "for the source `kubernetes`; empty: `KUBECONFIG`, then the pod's service account, then `~/.kube/config`",
         flags=("kubeconfig",),
     ),
     _ignored("clientConnection.acceptContentTypes", "text", "", _JSON, harmless=_ENCODINGS),
