@@ -1,0 +1,282 @@
+"""A node changes hands while clients dial: no connection fails, and what was open stays open."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import socket
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from proxycore import logs
+from proxycore.kernel import kubeproxy
+from proxycore.takeover import Takeover
+from proxycore.testing.lab import NODE_NAME, ClientKind, Lab
+from proxycore.testing.process import Manifests, ProxyProcess
+from proxycore.testing.scenario import DEFAULT_NODE
+
+from .rules import PREFIX, VARIANTS, Served, kube_proxy, load, others, saved
+
+pytestmark = pytest.mark.root
+
+CONNECT_SECONDS = 0.9
+"""Less than it takes TCP to send its SYN again: one that got lost is a failure."""
+PATIENCE_SECONDS = 30.0
+SERVICES = (
+    Served("default/web:http", "172.30.0.41", ("10.180.0.1:8080", "10.180.0.2:8080"), 30041),
+    Served("default/more:http", "172.30.0.43", ("10.180.0.3:8080",)),
+    Served("default/web6:http", "fd00:172:30::41", ("[fd00:10::1]:8080",), 30042),
+)
+POD_CIDR = {"IPv4": "10.0.0.0/8", "IPv6": "fd00:10::/64"}
+CALLS: tuple[tuple[ClientKind, str, str, int], ...] = (
+    ("pod", "10.0.0.2", "172.30.0.41", 80),
+    ("pod", "10.0.0.2", "172.30.0.43", 80),
+    ("node", "192.168.0.2", "172.30.0.41", 80),
+    ("external", "203.0.113.2", "192.168.0.2", 30041),
+    ("pod", "fd00:10::2", "fd00:172:30::41", 80),
+    ("external", "2600:5200::1", "2001:db8::1", 30042),
+)
+"""Kind and address of the client, address and port that it dials."""
+
+
+def connected(lab: Lab, call: tuple[ClientKind, str, str, int]) -> socket.socket:
+    kind, source, address, port = call
+    made = lab.client(kind, "tcp", source)
+    made.settimeout(CONNECT_SECONDS)
+    try:
+        made.connect((address, port))
+    except BaseException:
+        made.close()
+        raise
+    return made
+
+
+def ask(made: socket.socket) -> str:
+    """Who answers.  Raises OSError or ValueError when nobody does."""
+    made.sendall(b"who?\n")
+    return str(json.loads(made.recv(4096))["at"])
+
+
+class Clients:
+    """Dials everything in turn until the end of the block, and keeps who answered and what went wrong."""
+
+    def __init__(self, lab: Lab) -> None:
+        self._lab = lab
+        self._ending = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="clients", daemon=True)
+        self.answers: dict[object, Counter[str]] = {call: Counter() for call in CALLS}
+        self.failures: list[str] = []
+
+    def __enter__(self) -> Clients:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ending.set()
+        self._thread.join()
+
+    def _run(self) -> None:
+        while not self._ending.is_set():
+            for call in CALLS:
+                try:
+                    with connected(self._lab, call) as made:
+                        self.answers[call][ask(made)] += 1
+                        # No TIME_WAIT: thousands of them would be left behind.
+                        made.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
+                except (OSError, ValueError) as error:
+                    self.failures.append(f"{call}: {error!r}")
+
+    def rounds(self) -> int:
+        return min(counts.total() for counts in self.answers.values())
+
+    def wait_for_more(self, rounds: int = 5) -> None:
+        wanted = self.rounds() + rounds
+        wait_until(lambda: self.rounds() >= wanted or bool(self.failures))
+
+
+def wait_until(true: Callable[[], bool], what: Callable[[], str] = lambda: "") -> None:
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    while not true():
+        assert time.monotonic() < deadline, what()
+        time.sleep(0.01)
+
+
+@pytest.fixture
+def lab() -> Iterator[Lab]:
+    with Lab([80, 8080]) as made:
+        yield made
+
+
+class Node:
+    """The API objects of SERVICES in a folder, and `proxyctl run` beside it."""
+
+    def __init__(self, lab: Lab, directory: Path) -> None:
+        self.lab = lab
+        self.log = directory / "log"
+        self._directory = directory
+        self._manifests = Manifests(directory / "objects")
+        self._manifests.apply(DEFAULT_NODE)
+        for service in SERVICES:
+            for item in objects(service):
+                self._manifests.apply(item)
+
+    def proxy(self, takeover: str) -> ProxyProcess:
+        config = self._directory / "config.yaml"
+        config.write_text(
+            yaml.safe_dump_all(
+                [
+                    {
+                        "apiVersion": "kubeproxy.config.k8s.io/v1alpha1",
+                        "kind": "KubeProxyConfiguration",
+                        "hostnameOverride": NODE_NAME,
+                        "mode": "nftables",
+                        "detectLocalMode": "ClusterCIDR",
+                        "clusterCIDR": ",".join(POD_CIDR.values()),
+                        "nodePortAddresses": ["192.168.0.2/32", "2001:db8::1/128"],
+                        "conntrack": {"maxPerCore": 0, "min": 0},
+                        "healthzBindAddress": "",
+                        "metricsBindAddress": "",
+                    },
+                    {
+                        "apiVersion": "proxycore.io/v1alpha1",
+                        "kind": "ProxycoreConfiguration",
+                        "takeover": takeover,
+                    },
+                ]
+            )
+        )
+        return ProxyProcess(
+            self.lab, backend="nft", folder=self._manifests.folder, config=config, log=self.log
+        )
+
+    def await_in_force(self) -> None:
+        """Every frontend is in a table of the backend's."""
+
+        def there() -> bool:
+            rules = self.lab.node.run(["nft", "list", "tables"]).stdout.split()
+            names = {name for name in rules if name.startswith("proxycore")}
+            text = "".join(
+                self.lab.node.run(["nft", "list", "table", family, name], check=False).stdout
+                for name in names
+                for family in ("ip", "ip6")
+            )
+            return all(service.address in text for service in SERVICES)
+
+        wait_until(there, lambda: self.log.read_text()[-3000:])
+
+
+def objects(service: Served) -> Iterator[dict[str, Any]]:
+    namespace, _, name = service.name.partition(":")[0].partition("/")
+    port: dict[str, Any] = {"name": "http", "protocol": "TCP", "port": 80}
+    if service.node_port:
+        port["nodePort"] = service.node_port
+    yield {
+        "apiVersion": "v1",
+        "kind": "Service",
+        "metadata": {"namespace": namespace, "name": name},
+        "spec": {
+            "type": "NodePort" if service.node_port else "ClusterIP",
+            "clusterIP": service.address,
+            "clusterIPs": [service.address],
+            "ipFamilies": [service.family],
+            "ports": [port],
+        },
+    }
+    yield {
+        "apiVersion": "discovery.k8s.io/v1",
+        "kind": "EndpointSlice",
+        "metadata": {
+            "namespace": namespace,
+            "name": f"{name}-1",
+            "labels": {"kubernetes.io/service-name": name},
+        },
+        "addressType": service.family,
+        "endpoints": [
+            {
+                "addresses": [endpoint.rpartition(":")[0].strip("[]")],
+                "conditions": {"ready": True},
+                "nodeName": NODE_NAME,
+            }
+            for endpoint in service.endpoints
+        ],
+        "ports": [{"name": "http", "protocol": "TCP", "port": 8080}],
+    }
+
+
+def load_all(lab: Lab, variant: str) -> None:
+    for family in PREFIX:
+        load(lab.node, variant, family, kube_proxy(SERVICES, family, pod_cidr=POD_CIDR[family]))
+
+
+def listings(lab: Lab) -> dict[tuple[str, str], str]:
+    return {(variant, family): saved(lab.node, variant, family) for variant in VARIANTS for family in PREFIX}
+
+
+@pytest.fixture
+def streams(lab) -> Iterator[Callable[[], None]]:
+    """Opens one connection for each call the first time, and proves that they live each time."""
+    opened: list[socket.socket] = []
+    with contextlib.ExitStack() as stack:
+
+        def prove() -> None:
+            if not opened:
+                opened.extend(stack.enter_context(connected(lab, call)) for call in CALLS)
+            for made in opened:
+                ask(made)
+
+        yield prove
+
+
+def take_over(lab: Lab) -> None:
+    """As `proxyctl run` does by itself once its first batch is verified."""
+    takeover = Takeover("auto", backend="nft", log=logs.get("takeover"), pauses=(0.05, 0.05))
+    assert lab.node.call(takeover.after_first_sync)
+    assert takeover.problem is None
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_taking_over_from_the_iptables_mode(lab, tmp_path, streams, variant):
+    for family in PREFIX:
+        for other in VARIANTS:
+            load(lab.node, other, family, others(family))
+    before = listings(lab)
+    load_all(lab, variant)
+    node = Node(lab, tmp_path)
+    with Clients(lab) as clients:
+        clients.wait_for_more()
+        streams()
+        with node.proxy("auto") as proxy:
+            node.await_in_force()
+            clients.wait_for_more()
+            take_over(lab)
+            clients.wait_for_more()
+            streams()
+            assert proxy.stop() is None, proxy.tail()
+        clients.wait_for_more()
+    assert clients.failures == []
+    assert listings(lab) == before
+    assert not lab.node.call(kubeproxy.census).found
+    assert set(clients.answers[CALLS[0]]) == set(SERVICES[0].endpoints)
+
+
+def test_leaving_lets_both_work(lab, tmp_path, streams):
+    load_all(lab, "nft")
+    before = listings(lab)
+    node = Node(lab, tmp_path)
+    with Clients(lab) as clients:
+        clients.wait_for_more()
+        streams()
+        with node.proxy("leave") as proxy:
+            node.await_in_force()
+            clients.wait_for_more()
+            streams()
+            assert proxy.stop() is None, proxy.tail()
+    assert clients.failures == []
+    assert listings(lab) == before
