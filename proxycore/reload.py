@@ -206,26 +206,26 @@ class Reloader:
             said = difference(self._wanted, new)
             pending, next_ = difference(self._in_force, new), merged(self._in_force, new)
         except ConfigError as error:
+            self._fail("; ".join(error.lines))
             for line in error.lines:
                 self._log.error("configuration refused; the one in force stays", error=line)
-            self._fail("; ".join(error.lines))
             return
         except Exception as error:  # noqa: BLE001  a bug must not end what is followed
-            self._log.exception("configuration cannot be worked out; the one in force stays", error)
             self._fail(f"cannot be worked out: {error}")
+            self._log.exception("configuration cannot be worked out; the one in force stays", error)
             return
+        mended, known = bool(self._status.problem), self._wanted.warnings
+        self._wanted, self._in_force = new, next_
+        self._status = ConfigStatus(loaded_at=time.time(), needs_restart=pending.needs_restart)
         for warning in new.warnings:
-            if warning not in self._wanted.warnings:
+            if warning not in known:
                 self._log.warning("configuration", warning=warning)
         for change in said.changes:
             self._say(change, pending)
-        mended = bool(self._status.problem)
         if mended:
             self._log.info("configuration can be read again")
         elif not said:
             self._log.debug("configuration read again; nothing changed")
-        self._wanted, self._in_force = new, next_
-        self._status = ConfigStatus(loaded_at=time.time(), needs_restart=pending.needs_restart)
         if not said:
             return
         try:
