@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from .. import logs
@@ -19,6 +20,9 @@ from ..errors import ConfigError, KernelError
 from ..hookspecs import hookimpl
 from ..kernel.conntrack import Conntrack
 from ..kernel.flow import Flow
+from ..metrics.families import CONNTRACK, DURATION
+from ..metrics.values import Histogram, Values
+from ..model import FAMILIES, Family
 from ..observer import ObserverContext
 from .staleflows import FlowIndex, Snapshot, is_certain, stale
 
@@ -41,6 +45,9 @@ class ConntrackObserver:
         self.deleted_total = 0
         self.looks_total = 0
         self.failures_total = 0
+        self._deleted: dict[Family, int] = dict.fromkeys(FAMILIES, 0)
+        self._durations = {family: Histogram(DURATION) for family in FAMILIES}
+        self._unregister: Callable[[], None] | None = None
         self._log = logs.get("conntrack")
         self._changed = threading.Condition()
         self._index = FlowIndex()
@@ -59,6 +66,13 @@ class ConntrackObserver:
             return
         self._period = _period(context.options)
         self._index.set_host(context.host)
+        if context.registry is not None:
+            # Imported where somebody serves metrics: its text writer is not for everybody.
+            from ..metrics.exposition import Collector
+
+            collector = Collector(CONNTRACK, partial(self._metrics, context.host.families))
+            context.registry.register(collector)
+            self._unregister = partial(context.registry.unregister, collector)
         self._worker = threading.Thread(target=self._work, name="conntrack-worker", daemon=True)
         self._worker.start()
 
@@ -79,6 +93,9 @@ class ConntrackObserver:
             self._changed.notify_all()
         if self._worker is not None:
             self._worker.join(10)
+        unregister, self._unregister = self._unregister, None
+        if unregister is not None:
+            unregister()
 
     def wait_done(self, timeout_seconds: float) -> bool:
         """Wait until every look that a batch has asked for is over and has succeeded; False: still not."""
@@ -137,18 +154,38 @@ class ConntrackObserver:
             return
         with Conntrack() as table:
             flows = [flow for family in families for flow in table.udp_flows(family)]
-            deleted = table.delete(self._ripe(self._judge(flows)))
+            ripe = self._ripe(self._judge(flows))
+            deleted = {family: table.delete(_of(ripe, family)) for family in families}
+        seconds = time.monotonic() - began
         with self._changed:
+            for family, number in deleted.items():
+                self._deleted[family] += number
+                self._durations[family].observe(seconds)
             # What has become stale since the flows were read was not among them.
             if self._revision == revision:
                 self._index.settle()
         self.looks_total += 1
-        self.deleted_total += deleted
-        if deleted:
-            milliseconds = round((time.monotonic() - began) * 1000)
+        total = sum(deleted.values())
+        self.deleted_total += total
+        if total:
             self._log.info(
-                "stale UDP flows deleted", deleted=deleted, flows=len(flows), milliseconds=milliseconds
+                "stale UDP flows deleted",
+                deleted=total,
+                flows=len(flows),
+                milliseconds=round(seconds * 1000),
             )
+
+    def _metrics(self, families: Sequence[Family]) -> Values:
+        """A look is at all families together, so its time is that of each."""
+        with self._changed:
+            return {
+                "kubeproxy_conntrack_reconciler_sync_duration_seconds": {
+                    (family,): self._durations[family].copy() for family in families
+                },
+                "kubeproxy_conntrack_reconciler_deleted_entries_total": {
+                    (family,): self._deleted[family] for family in families
+                },
+            }
 
     def _judge(self, flows: list[Flow]) -> list[tuple[Flow, bool]]:
         """The stale ones, and whether that is certain.
@@ -186,6 +223,11 @@ class ConntrackObserver:
 def rest_seconds(cost: float) -> float:
     """How long to rest after a look that took `cost` seconds of a processor."""
     return min(REST_PER_COST * cost, MAX_REST_SECONDS)
+
+
+def _of(flows: Iterable[Flow], family: Family) -> list[Flow]:
+    length = 4 if family == "IPv4" else 16
+    return [flow for flow in flows if len(flow.source) == length]
 
 
 def _in(seconds: float) -> float:

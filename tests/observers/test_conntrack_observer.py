@@ -8,6 +8,7 @@ import threading
 from collections.abc import Callable, Iterator
 
 import pytest
+from prometheus_client import CollectorRegistry
 
 from proxycore.backend import ApplyResult, BackendInfo, Failure
 from proxycore.changes import UNKNOWN, ChangeBatch, HostChange, change
@@ -432,6 +433,37 @@ def test_batches_that_come_during_a_look_cost_one_more(table: Table, watcher: Co
     table.go_on.set()
     assert watcher.wait_done(PATIENCE)
     assert table.dumps == 2
+
+
+def test_metrics_are_registered_where_somebody_serves_them(table: Table):
+    registry = CollectorRegistry()
+    info = BackendInfo(name="test", summary="", api="0.1", capabilities=frozenset())
+    observer = conntrack.plugin()
+    observer.proxycore_observer_start(
+        ObserverContext(
+            host=HOST,
+            backend=info,
+            healthy=lambda: True,
+            options={"periodSeconds": 0},
+            registry=registry,
+        )
+    )
+
+    def value(name: str, family: str) -> float | None:
+        return registry.get_sample_value(f"kubeproxy_conntrack_reconciler_{name}", {"ip_family": family})
+
+    assert value("deleted_entries_total", "IPv4") == 0
+    assert value("sync_duration_seconds_count", "IPv4") == 0
+    table.go_on.set()
+    tell(observer, 1, V4[1])
+    assert observer.wait_done(PATIENCE)
+    tell(observer, 2, V4[2])
+    assert observer.wait_done(PATIENCE)
+    assert len(table.deleted) == value("deleted_entries_total", "IPv4") == 1
+    assert value("sync_duration_seconds_count", "IPv4") == observer.looks_total
+    assert value("deleted_entries_total", "IPv6") == value("sync_duration_seconds_count", "IPv6") == 0
+    observer.proxycore_observer_stop()
+    assert list(registry.collect()) == []
 
 
 def test_after_a_look_it_rests(table: Table, watcher: ConntrackObserver, monkeypatch: pytest.MonkeyPatch):
