@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+from pathlib import Path
 from typing import IO
 
 import pytest
@@ -78,13 +79,62 @@ def test_the_second_signal_ends_the_process_at_once() -> None:
             process.kill()
 
 
+HANDLED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+
+
 def test_handlers_come_back() -> None:
     from proxycore.signals import stopping
 
-    before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
+    before = [signal.getsignal(number) for number in HANDLED]
     with stopping(lambda: None):
         assert signal.getsignal(signal.SIGTERM) is not before[0]
-    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == before
+        assert signal.getsignal(signal.SIGHUP) is before[2]
+    with stopping(lambda: None, lambda: None):
+        assert signal.getsignal(signal.SIGHUP) is not before[2]
+    assert [signal.getsignal(number) for number in HANDLED] == before
+
+
+FOLLOWING = """
+import sys, threading
+from proxycore import logs
+from proxycore.options import resolve
+from proxycore.reload import Reloader
+from proxycore.signals import stopping
+
+logs.configure("text", 4, sys.stdout)
+done = threading.Event()
+reloader = Reloader(resolve(sys.argv[1:], {}, {}), lambda difference, loaded: None, logs.get("config"))
+with stopping(done.set, reloader.request):
+    reloader.start()
+    print("ready", flush=True)
+    while not done.wait(0.05):
+        pass
+reloader.stop()
+print("stopped", flush=True)
+"""
+
+
+def test_the_hang_up_signal_reads_the_configuration_again(tmp_path: Path) -> None:
+    file = tmp_path / "c"
+    head = "apiVersion: kubeproxy.config.k8s.io/v1alpha1\nkind: KubeProxyConfiguration\n"
+    file.write_text(head)
+    command = [sys.executable, "-c", FOLLOWING, str(file)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        try:
+            lines_until(process.stdout, "ready")
+            for _ in range(3):
+                process.send_signal(signal.SIGHUP)
+                lines_until(process.stdout, "nothing changed")
+            file.write_text(f"{head}oomScoreAdj: low\n")
+            lines_until(process.stdout, f"{file}:3: oomScoreAdj: must be a whole number")
+            process.send_signal(signal.SIGHUP)
+            lines_until(process.stdout, f"{file}:3: oomScoreAdj: must be a whole number")
+            process.send_signal(signal.SIGTERM)
+            lines_until(process.stdout, "stopped")
+            assert process.wait(SECONDS) == 0
+        finally:
+            process.kill()
 
 
 def test_a_recording_renders_as_its_source_does(installed: Installed, proxyctl: Run) -> None:
