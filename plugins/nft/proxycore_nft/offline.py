@@ -31,7 +31,6 @@ def probe(open_kernel: Callable[[], Kernel], context: BackendContext) -> Probe:
     """Ask nft to check the skeleton against this kernel, and look for other owners of Services; nothing is loaded."""
     facts: dict[str, str] = {}
     problems: list[str] = []
-    warnings: list[str] = []
     try:
         version = _run(["nft", "--version"], "")
         facts["nft"] = version.stdout.strip().removeprefix("nftables ")
@@ -43,37 +42,32 @@ def probe(open_kernel: Callable[[], Kernel], context: BackendContext) -> Probe:
         if checked.returncode:
             problems.append(f"nft cannot load our tables: {' '.join(checked.stderr.split())[:300]}")
         else:
-            _census(open_kernel, context, problems, warnings)
+            _census(open_kernel, context, problems)
     except FileNotFoundError:
         problems.append("the program nft is not installed (package nftables)")
     except subprocess.TimeoutExpired:
         problems.append("nft did not answer within 20 s")
     except KernelError as error:
         problems.append(str(error))
-    return Probe(problems=tuple(problems), warnings=tuple(warnings), facts=facts)
+    return Probe(problems=tuple(problems), facts=facts)
 
 
-def _census(
-    open_kernel: Callable[[], Kernel], context: BackendContext, problems: list[str], warnings: list[str]
-) -> None:
-    """Who else translates Services here?"""
-    fate = "it is removed as ours come into force (takeover: auto); kube-proxy itself must not run beside us"
-    if context.takeover == "leave":
-        fate = "both translate Services until it is removed, by kube-proxy --cleanup (takeover: leave)"
+def _census(open_kernel: Callable[[], Kernel], context: BackendContext, problems: list[str]) -> None:
+    """Who else translates Services here?  Matters for `refuse` alone: the core tells of kube-proxy otherwise."""
+    if context.takeover != "refuse":
+        return
     kernel = open_kernel()
     try:
         for nft in ("ip", "ip6"):
-            ours = [live.name for live in adopt.survey(kernel, nft) if live.hooked]
-            if context.takeover == "refuse":
-                problems.extend(
-                    f"table {nft} {name} of an earlier run is in force (takeover: refuse)" for name in ours
-                )
+            problems.extend(
+                f"table {nft} {live.name} of an earlier run is in force (takeover: refuse)"
+                for live in adopt.survey(kernel, nft)
+                if live.hooked
+            )
             if KUBE_PROXY_TABLE in kernel.tables(nft):
-                found = f"table {nft} {KUBE_PROXY_TABLE} of kube-proxy's nftables mode is there"
-                if context.takeover == "refuse":
-                    problems.append(f"{found} (takeover: refuse)")
-                else:
-                    warnings.append(f"{found}: {fate}")
+                problems.append(
+                    f"table {nft} {KUBE_PROXY_TABLE} of kube-proxy's nftables mode is there (takeover: refuse)"
+                )
     finally:
         kernel.close()
 
