@@ -53,7 +53,6 @@ _ARGUMENTS = {
     "recording": "recording:FILE, with a file that `proxyctl record` wrote",
 }
 """Sources of ours that are nothing without an argument, and how they are written."""
-_PLANNED_SOURCES = frozenset({"kubernetes"})
 
 _CellType = TypeVar("_CellType", bound=Cell)
 
@@ -180,7 +179,7 @@ def check_source(source: str) -> Found:
     """The source of `NAME` or `NAME:ARGUMENT`, as far as can be told without importing it.
 
     Raises ConfigError: one of ours stands there without the argument that it needs.
-    Raises PluginError: it is missing, planned or claimed twice.
+    Raises PluginError: it is missing or claimed twice.
     """
     name, _, argument = source.partition(":")
     if not argument and name in _ARGUMENTS:
@@ -270,12 +269,6 @@ def choose(group: Group, name: str) -> Found:
         return found[0]
     if found:
         raise PluginError(name, f"{_claimants(found)}; uninstall one of them")
-    if group == SOURCES and name in _PLANNED_SOURCES:
-        raise PluginError(
-            name,
-            "this source is planned and not in this version; choose file:DIR, a folder of manifests, or recording:FILE "
-            "by --source or the configuration's source",
-        )
     names = sorted({entry.name for entry in everything})
     there = f"installed: {', '.join(names)}" if names else "none is installed"
     raise PluginError(
