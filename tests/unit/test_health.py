@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from pathlib import Path
 
 import msgspec
 import pytest
@@ -346,6 +348,16 @@ def test_verbose() -> None:
     assert passed.endswith("livez check passed\n")
     assert "[i]source failed: stale" in passed
     assert "web-01" not in passed
+
+
+def test_the_documentation_has_every_check_and_what_it_turns_red() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "health.md").read_text()
+    rows = re.findall(r"^\| `([a-z-]+)` \|([a-z ]*)\|([a-z ]*)\|([a-z ]*)\| [^|]+ \|$", page, re.MULTILINE)
+    found = [
+        (name, {endpoint for endpoint, cell in zip(ENDPOINTS, cells, strict=True) if cell.strip() == "yes"})
+        for name, *cells in rows
+    ]
+    assert found == [(name, set(gates)) for name, gates in CHECKS.items()]
 
 
 def test_a_verdict_of_nothing_is_green() -> None:
