@@ -136,6 +136,7 @@ def test_completion_knows_backends_and_sources_without_importing_them(installed:
     assert complete("proxyctl run --source fi", installed.environ) == ["file:"]
     assert complete("proxyctl run --set clusterC", installed.environ) == ["clusterCIDR="]
     assert complete("proxyctl rend", installed.environ) == ["render"]
+    assert complete("proxyctl kube-proxy --iptables-masq", installed.environ) == ["--iptables-masquerade-bit"]
 
 
 def test_the_documentation_has_every_exit_code() -> None:
