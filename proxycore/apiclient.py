@@ -112,15 +112,30 @@ class Limiter:
         self._tokens = float(burst)
         self._at = clock()
 
+    def allows(self) -> bool:
+        """Take a token if there is one."""
+        if self._qps <= 0:
+            return True
+        with self._lock:
+            self._refill()
+            if self._tokens < 1:
+                return False
+            self._tokens -= 1
+            return True
+
     def reserve(self) -> float:
         """Take a token; how many seconds it is too early for it."""
         if self._qps <= 0:
             return 0.0
         with self._lock:
-            now = self._clock()
-            self._tokens = min(self._burst, self._tokens + (now - self._at) * self._qps) - 1
-            self._at = now
+            self._refill()
+            self._tokens -= 1
             return max(0.0, -self._tokens / self._qps)
+
+    def _refill(self) -> None:
+        now = self._clock()
+        self._tokens = min(self._burst, self._tokens + (now - self._at) * self._qps)
+        self._at = now
 
 
 class _Session(NamedTuple):
