@@ -89,7 +89,7 @@ class Judge:
             before = self._told.get(service)
             if before is not None and (before[0] == why or now - before[1] < AGAIN_SECONDS):
                 continue
-            if self._may():
+            if self._limiter.allows():
                 self._told[service] = (why, now)
                 notes.append(Note(service, "NotProgrammed", why, warning=True))
             elif before is None:
