@@ -84,10 +84,12 @@ class Judge:
             del self._told[service]
             if service not in gone and self._limiter.allows():
                 notes.append(Note(service, "Programmed", "The Service is programmed on this node again"))
+        self._covered &= refused.keys()
         left: list[Service] = []
         for service, why in refused.items():
             before = self._told.get(service)
-            if before is not None and (before[0] == why or now - before[1] < AGAIN_SECONDS):
+            known = before is not None and (before[0] == why or now - before[1] < AGAIN_SECONDS)
+            if known or service in self._covered:
                 continue
             if self._limiter.allows():
                 self._told[service] = (why, now)
@@ -96,7 +98,8 @@ class Judge:
                 left.append(service)
         if left and (self._summary is None or now - self._summary >= AGAIN_SECONDS):
             self._summary = now
-            some = ", ".join("/".join(service) for service in sorted(left)[:_NAMED])
+            self._covered.update(left)
+            some = ", ".join("/".join(service) for service in left[:_NAMED])
             text = f"{len(refused)} Services are not programmed on this node, {some} among them: {refused[left[0]]}"
             notes.append(Note(None, "NotProgrammed", text, warning=True))
         elif self._summary is not None and not refused:

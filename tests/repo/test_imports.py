@@ -17,6 +17,7 @@ PACKAGE = ROOT / "proxycore"
 EDGES = frozenset(
     {
         "proxycore.__main__",
+        "proxycore.apiclient",
         "proxycore.cli",
         "proxycore.demo",
         "proxycore.dispatch",
