@@ -27,7 +27,7 @@ ENDPOINTS: tuple[Endpoint, ...] = ("livez", "readyz", "healthz")
 ENGINE_DEADLINE_SECONDS = 30.0
 """The engine's loop turns every few seconds; one that has not for so long hangs."""
 NAMED = 5
-"""So many objects of a check are named; more are only counted."""
+"""So many particulars of a check are told; more are only counted."""
 LONGEST_TEXT = 400
 
 _ALL: frozenset[Endpoint] = frozenset(ENDPOINTS)
@@ -56,9 +56,9 @@ CHECKS: Mapping[str, frozenset[Endpoint]] = {
 class Check(msgspec.Struct, frozen=True, kw_only=True):
     """One thing that was looked at.
 
-    `detail`: a sentence for people, without names of API objects; those are in `named`, with the reason each, `NAMED` at
-    most.  `age_seconds`: how long it has been so, None where the facts do not tell.  `gates`: the endpoints that it turns
-    red while not healthy; none: it is for information.
+    `detail`: a sentence for people, fit for everybody who can reach a health port.  `more`: particulars that may name objects of
+    the API or hold text of plugins, `NAMED` at most.  `age_seconds`: how long it has been so, None where the facts do not
+    tell.  `gates`: the endpoints that it turns red while not healthy; none: it is for information.
     """
 
     name: str
@@ -66,7 +66,7 @@ class Check(msgspec.Struct, frozen=True, kw_only=True):
     detail: str
     age_seconds: float | None = None
     gates: frozenset[Endpoint] = _NOTHING
-    named: tuple[str, ...] = ()
+    more: tuple[str, ...] = ()
 
 
 class Verdict(msgspec.Struct, frozen=True):
@@ -94,8 +94,8 @@ class Verdict(msgspec.Struct, frozen=True):
 
 
 def sentence(checks: Iterable[Check]) -> str:
-    """What is wrong, in one line: `backend: apply of nft has been running for …`; empty if nothing is."""
-    return "; ".join(f"{check.name}: {check.detail}" for check in checks)
+    """What is wrong, in one line, particulars included: `backend: apply of nft has been running for …`; empty if nothing is."""
+    return "; ".join(": ".join((check.name, check.detail, *check.more)) for check in checks)
 
 
 def judge(facts: Facts) -> Verdict:
@@ -147,16 +147,28 @@ def _pending(facts: Facts) -> Check:
     detail = f"the oldest change has been waiting for {waited:.0f} s"
     if waited < limit:
         return Check(name="pending", healthy=True, detail=detail, age_seconds=waited, gates=_ALL)
-    cause = status.refused or status.held or facts.backend_overdue
+    cause, more = _cause(status)
+    if not cause and facts.backend_overdue:
+        cause = "a call of the backend is past its deadline"
     detail = f"{detail}, past the limit of {limit:g} s"
     return Check(
         name="pending",
         healthy=False,
-        detail=cut(f"{detail}: {cause}") if cause else f"{detail}, although the kernel answers",
+        detail=f"{detail}: {cause}" if cause else f"{detail}, although the kernel answers",
         age_seconds=waited,
         # A restart helps where no cause can be told; a backend that hangs turns livez red by its own check.
         gates=_SERVING if cause else _ALL,
+        more=more,
     )
+
+
+def _cause(status: Status) -> tuple[str, tuple[str, ...]]:
+    """Why nothing can be programmed although everything works as it should, and the particulars; empty: nothing is known."""
+    if status.refused:
+        return "the backend refuses", (cut(status.refused),)
+    if status.held:
+        return "something cannot be read that only the kernel still knows", (cut(status.held),)
+    return "", ()
 
 
 def _programmed(status: Status) -> Check:
@@ -164,16 +176,17 @@ def _programmed(status: Status) -> Check:
         return Check(
             name="programmed", healthy=True, detail=f"generation {status.generation}", gates=_SERVING
         )
+    cause, more = _cause(status)
     if not status.synced:
         why = "the source has not delivered everything"
-    elif status.held or status.refused:
-        why = status.held or status.refused
+    elif cause:
+        why = cause
     elif not status.started:
         why = "the backend has not started"
     else:
         why = "the first batch is under way"
-    detail = cut(f"nothing has been programmed yet: {why}")
-    return Check(name="programmed", healthy=False, detail=detail, gates=_SERVING)
+    detail = f"nothing has been programmed yet: {why}"
+    return Check(name="programmed", healthy=False, detail=detail, gates=_SERVING, more=more)
 
 
 def _source(facts: Facts) -> Check:
@@ -208,20 +221,18 @@ def _set_aside(name: str, what: str, services: Mapping[ServicePortName, str]) ->
     if not services:
         return Check(name=name, healthy=True, detail="none")
     first = sorted(services)[:NAMED]
-    named = tuple(cut(f"{port} {port.protocol} {port.family}: {services[port]}") for port in first)
+    more = tuple(cut(f"{port} {port.protocol} {port.family}: {services[port]}") for port in first)
     return Check(
-        name=name, healthy=False, detail=f"{_count(len(services), 'Service port')} {what}", named=named
+        name=name, healthy=False, detail=f"{_count(len(services), 'Service port')} {what}", more=more
     )
 
 
 def _objects(status: Status) -> Check:
     if not status.troubles:
         return Check(name="objects", healthy=True, detail="all can be read")
-    named = tuple(
-        cut(f"{subject}: {status.troubles[subject]}") for subject in sorted(status.troubles)[:NAMED]
-    )
+    more = tuple(cut(f"{subject}: {status.troubles[subject]}") for subject in sorted(status.troubles)[:NAMED])
     detail = f"{_count(len(status.troubles), 'object or file', 'objects or files')} cannot be read, the last good state stays"
-    return Check(name="objects", healthy=False, detail=detail, named=named)
+    return Check(name="objects", healthy=False, detail=detail, more=more)
 
 
 def _drift(status: Status) -> Check:
@@ -234,17 +245,21 @@ def _drift(status: Status) -> Check:
 
 def _observers(facts: Facts) -> Check:
     wrong: list[str] = []
+    more: list[str] = []
     for observer in facts.observers:
         if observer.overdue:
             wrong.append(observer.overdue)
         elif observer.error:
-            wrong.append(f"{observer.name} failed: {observer.error}")
-    wrong += [f"left out: {why}" for why in facts.left_out]
+            wrong.append(f"{observer.name} failed")
+            more.append(cut(f"{observer.name}: {observer.error}"))
+    if facts.left_out:
+        wrong.append(f"{_count(len(facts.left_out), 'observer')} left out")
+        more += map(cut, facts.left_out)
     if not wrong:
         return Check(
             name="observers", healthy=True, detail=f"{_count(len(facts.observers), 'observer')} well"
         )
-    return Check(name="observers", healthy=False, detail=cut("; ".join(wrong)))
+    return Check(name="observers", healthy=False, detail=cut("; ".join(wrong)), more=tuple(more[:NAMED]))
 
 
 def _saved_state(facts: Facts) -> Check:
@@ -265,11 +280,12 @@ def _configuration(facts: Facts) -> Check:
         return Check(name="configuration", healthy=True, detail="not followed")
     wrong: list[str] = []
     if config.problem:
-        wrong.append(f"a newer one is refused: {config.problem}")
+        wrong.append("a newer one is refused")
     if config.needs_restart:
         wrong.append(f"waits for a restart: {', '.join(config.needs_restart)}")
     detail = cut("; ".join(wrong)) or "the newest is in force"
-    return Check(name="configuration", healthy=not wrong, detail=detail)
+    more = (cut(config.problem),) if config.problem else ()
+    return Check(name="configuration", healthy=not wrong, detail=detail, more=more)
 
 
 def _servers(facts: Facts) -> Check:

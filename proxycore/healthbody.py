@@ -23,14 +23,14 @@ def stamp(seconds: float | None) -> str:
 
 
 def json_body(
-    endpoint: Endpoint, facts: Facts, verdict: Verdict, since: Mapping[str, float], *, named: bool
+    endpoint: Endpoint, facts: Facts, verdict: Verdict, since: Mapping[str, float], *, in_full: bool
 ) -> bytes:
     """The JSON body.
 
     Keys and their meaning are kube-proxy's: `healthy`, of the whole and of each family, leaves the node's own state out;
     `lastUpdated` is now while the answer is 200, else the time of the last success; `nodeEligible` is in /healthz alone.
-    `checks` is ours.  `since`: since when each check has been as it is, in seconds since the epoch.  `named`: with the names
-    of API objects, which are not for everybody who can reach a port.
+    `checks` is ours.  `since`: since when each check has been as it is, in seconds since the epoch.  `in_full`: with
+    particulars, which are not for everybody who can reach a port.
     """
     status = facts.status
     well = verdict.proxy_healthy if endpoint == "healthz" else verdict.healthy(endpoint)
@@ -50,7 +50,7 @@ def json_body(
             "detail": check.detail,
             **({"since": stamp(since[check.name])} if check.name in since else {}),
             "gates": sorted(check.gates),
-            **({"named": list(check.named)} if named and check.named else {}),
+            **({"more": list(check.more)} if in_full and check.more else {}),
         }
         for check in verdict.checks
     }
@@ -58,7 +58,7 @@ def json_body(
 
 
 def verbose_body(
-    endpoint: Endpoint, facts: Facts, verdict: Verdict, since: Mapping[str, float], *, named: bool
+    endpoint: Endpoint, facts: Facts, verdict: Verdict, since: Mapping[str, float], *, in_full: bool
 ) -> bytes:
     """The text of `?verbose`: `[+]` and `[-]` for checks that count here, `[i]` for those that are for information."""
     lines: list[str] = []
@@ -70,7 +70,7 @@ def verbose_body(
         age = facts.now - since[check.name] if check.name in since else 0.0
         lasting = f" ({age:.0f} s)" if age >= 1 else ""
         lines.append(f"[{'-' if counts else 'i'}]{check.name} failed{lasting}: {check.detail}")
-        if named:
-            lines += (f"    {name}" for name in check.named)
+        if in_full:
+            lines += (f"    {particular}" for particular in check.more)
     lines.append(f"{endpoint} check {'passed' if verdict.healthy(endpoint) else 'failed'}")
     return "".join(f"{line}\n" for line in lines).encode()

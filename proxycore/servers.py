@@ -76,9 +76,9 @@ class Servers:
         self._collector = Collector(families.SERVED, self._served)
         indicators = CollectorRegistry()
         indicators.register(Collector(families.INDICATORS, self._indicators))
-        self._health: Mapping[str, Handler] = self._probes(named=False)
+        self._health: Mapping[str, Handler] = self._probes(in_full=False)
         self._metrics: Mapping[str, Handler] = {
-            **self._probes(named=True),
+            **self._probes(in_full=True),
             "/metrics": _Scrape(registry),
             "/metrics/slis": lambda _: Answer(HTTPStatus.OK, _exposed(), expose(indicators)),
             "/proxyMode": lambda _: Answer(HTTPStatus.OK, _TEXT, mode().encode()),
@@ -191,10 +191,10 @@ class Servers:
 
     # -- health ----------------------------------------------------------------------------------------------------
 
-    def _probes(self, *, named: bool) -> dict[str, Handler]:
-        return {f"/{endpoint}": partial(self._probe, endpoint, named) for endpoint in ENDPOINTS}
+    def _probes(self, *, in_full: bool) -> dict[str, Handler]:
+        return {f"/{endpoint}": partial(self._probe, endpoint, in_full) for endpoint in ENDPOINTS}
 
-    def _probe(self, endpoint: Endpoint, named: bool, request: Request) -> Answer:
+    def _probe(self, endpoint: Endpoint, in_full: bool, request: Request) -> Answer:
         facts = self._facts()
         verdict = judge(facts)
         since = self._history.since(verdict, facts.now)
@@ -204,9 +204,9 @@ class Servers:
             if type_ in (endpoint, INFORMATION):
                 self._results[name, type_, "success" if well else "error"] += 1
         if "verbose" in parse_qs(request.query, keep_blank_values=True):
-            text = healthbody.verbose_body(endpoint, facts, verdict, since, named=named)
+            text = healthbody.verbose_body(endpoint, facts, verdict, since, in_full=in_full)
             return Answer(status, _TEXT, text)
-        return Answer(status, _JSON, healthbody.json_body(endpoint, facts, verdict, since, named=named))
+        return Answer(status, _JSON, healthbody.json_body(endpoint, facts, verdict, since, in_full=in_full))
 
     def _served(self) -> Values:
         names = {

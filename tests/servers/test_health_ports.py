@@ -77,7 +77,7 @@ def test_verbose(proxy):
     assert proxy.ask(proxy.health, "/readyz?verbose=true").body == answer.body
 
 
-def test_names_of_services_are_for_the_metrics_address_alone(proxy):
+def test_particulars_are_for_the_metrics_address_alone(proxy):
     proxy.serve()
     proxy.now(quarantined={PORT_NAME: "refused"})
     for path in ("/healthz", "/healthz?verbose"):
