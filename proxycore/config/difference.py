@@ -24,7 +24,7 @@ _NODE_PORTS = "nodePortAddresses"
 
 
 class FieldChange(msgspec.Struct, frozen=True, kw_only=True):
-    """One field whose value changes; `old` and `new` as a file would hold them, `origin` of the new one."""
+    """One field whose value changes; `old` and `new` as a flag would say them, `origin` of the new one."""
 
     path: str
     old: str
@@ -59,8 +59,8 @@ def difference(old: Loaded, new: Loaded) -> Difference:
         tuple(
             FieldChange(
                 path=field.path,
-                old=text_of(field, before),
-                new=text_of(field, after),
+                old=_text(field, before),
+                new=_text(field, after),
                 origin=new.origin_and_place(field.path),
                 effect=_effect(field, old, new, held),
             )
@@ -81,6 +81,15 @@ def merged(old: Loaded, new: Loaded) -> Loaded:
 
 def _value(loaded: Loaded, field: Field) -> object:
     return loaded.values.get(field.path, field.default)
+
+
+def _text(field: Field, value: object) -> str:
+    match field.type, value:
+        case "text", str():
+            return value
+        case "list", list() | tuple():
+            return ",".join(map(str, value))
+    return text_of(field, value)
 
 
 def _effect(field: Field, old: Loaded, new: Loaded, held: Set[str]) -> Effect:

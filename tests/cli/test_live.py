@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +16,17 @@ from .conftest import Installed, Run
 
 SECONDS = 30.0
 """Only how long a failing test may hang."""
+
+
+HARMLESS = [
+    word
+    for setting in (
+        "takeover=leave", "conntrack.maxPerCore=0", "conntrack.min=0", "conntrack.tcpEstablishedTimeout=0s",
+        "conntrack.tcpCloseWaitTimeout=0s", "healthzBindAddress=", "metricsBindAddress=",
+    )
+    for word in ("--set", setting)
+]  # fmt: skip
+"""A run that leaves the machine's own network and its ports alone."""
 
 
 def lines_until(stream: IO[str], word: str) -> list[str]:
@@ -40,8 +52,9 @@ def test_run_programs_and_leaves_it_when_a_signal_ends_it(
     installed: Installed, number: signal.Signals
 ) -> None:
     process = installed.popen(
-        "run", "--backend", "mem", "--source", f"file:{installed.manifests}", "--safe", "--log-format", "json"
-    )
+        "run", "--backend", "mem", "--source", f"file:{installed.manifests}", "--safe", "--log-format", "json",
+        *HARMLESS,
+    )  # fmt: skip
     with process:
         assert process.stderr is not None
         assert process.stdout is not None
@@ -133,6 +146,58 @@ def test_the_hang_up_signal_reads_the_configuration_again(tmp_path: Path) -> Non
             process.send_signal(signal.SIGTERM)
             lines_until(process.stdout, "stopped")
             assert process.wait(SECONDS) == 0
+        finally:
+            process.kill()
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def test_a_daemon_set_of_kube_proxys_runs_and_follows_its_config_map(installed: Installed) -> None:
+    folder = installed.kernel.with_name("kube-proxy")
+    folder.mkdir()
+    text = (
+        "apiVersion: kubeproxy.config.k8s.io/v1alpha1\nkind: KubeProxyConfiguration\n"
+        "conntrack: {maxPerCore: 0, min: 0, tcpEstablishedTimeout: 0s, tcpCloseWaitTimeout: 0s}\n"
+        f"healthzBindAddress: 127.0.0.1:{free_port()}\nmetricsBindAddress: 127.0.0.1:{free_port()}\n"
+    )
+
+    def swap(version: str, more: str) -> None:
+        (folder / version).mkdir()
+        (folder / version / "config.conf").write_text(text + more)
+        (folder / "new").symlink_to(version)
+        (folder / "new").rename(folder / "..data")
+
+    swap("..1", "clusterCIDR: 10.244.0.0/16\n")
+    (folder / "config.conf").symlink_to("..data/config.conf")
+    variables = {
+        "PROXYCORE_BACKEND": "mem",
+        "PROXYCORE_SOURCE": f"file:{installed.manifests}",
+        "PROXYCORE_TAKEOVER": "leave",
+    }
+    installed.environ.update(variables)
+    with installed.popen(
+        "kube-proxy", f"--config={folder}/config.conf", "--hostname-override=node-7", "-v=4"
+    ) as process:
+        assert process.stderr is not None
+        try:
+            started = lines_until(process.stderr, "msg=synced")
+            assert any("msg=starting" in line and "node=node-7" in line for line in started)
+            process.send_signal(signal.SIGHUP)
+            lines_until(process.stderr, "nothing changed")
+            swap("..2", "clusterCIDR: 10.0.0.0/8\nmode: ipvs\n")
+            lines = lines_until(process.stderr, "field=clusterCIDR")
+            assert 'effect="at once"' in lines[-1]
+            assert "old=10.244.0.0/16 new=10.0.0.0/8" in lines[-1]
+            swap("..3", "clusterCIDR: 10.0.0.0/33\n")
+            lines_until(process.stderr, "config.conf:6: clusterCIDR: '10.0.0.0/33' is no CIDR")
+            process.send_signal(signal.SIGTERM)
+            process.communicate(timeout=SECONDS)
+            assert process.returncode == 0
         finally:
             process.kill()
 

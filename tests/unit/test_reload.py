@@ -249,9 +249,9 @@ def test_each_field_has_a_line_and_the_proxy_gets_what_it_can_take_over(follow: 
     assert [
         (level, fields["field"], fields["old"], fields["new"], fields["effect"]) for level, _, fields in said
     ] == [
-        ("INFO", "hostnameOverride", '""', "b", "needs a restart"),
+        ("INFO", "hostnameOverride", "", "b", "needs a restart"),
         ("INFO", "ipvs.scheduler", "rr", "lc", "none"),
-        ("INFO", "clusterCIDR", '""', '"10.0.0.0/8"', "at once"),
+        ("INFO", "clusterCIDR", "", "10.0.0.0/8", "at once"),
         ("INFO", "oomScoreAdj", "1", "2", "at once"),
     ]
     assert said[0][2]["origin"] == f"file ({file}:6)"

@@ -76,7 +76,7 @@ def test_fields_are_told_with_both_values_where_the_new_one_stands_and_when_it_c
     found = difference(old, new)
     assert told(old, new) == [
         ("nftables.masqueradeBit", "3", "14", "restart"),
-        ("clusterCIDR", '"10.0.0.0/8"', '"11.0.0.0/8"', "live"),
+        ("clusterCIDR", "10.0.0.0/8", "11.0.0.0/8", "live"),
         ("configSyncPeriod", "15m0s", "1m0s", "none"),
         ("verifyInterval", "1s", "5s", "live"),
     ]
@@ -85,6 +85,15 @@ def test_fields_are_told_with_both_values_where_the_new_one_stands_and_when_it_c
         ("clusterCIDR", "verifyInterval"),
         ("nftables.masqueradeBit",),
     )
+
+
+def test_values_are_told_as_flags_would_say_them(read: Read) -> None:
+    new = read("nodePortAddresses: [10.0.0.0/8, primary]\nhostnameOverride: a\nfeatureGates: {A: true}")
+    assert {path: (old, new) for path, old, new, _ in told(read(""), new)} == {
+        "featureGates": ("{}", "{A: true}"),
+        "hostnameOverride": ("", "a"),
+        "nodePortAddresses": ("all", "10.0.0.0/8,primary"),
+    }
 
 
 def test_what_needs_a_restart_stays_and_the_rest_is_taken_over(read: Read) -> None:
