@@ -107,11 +107,11 @@ _GENERAL = (
         "empty: `127.0.0.1:10249`, or `[::1]:10249` if bindAddress is IPv6; without a port: 10249",
         flags=("metrics-bind-address",),
     ),
-    _live(
+    _field(
         "bindAddressHardFail",
         "bool",
         False,
-        "an address that cannot be opened ends the proxy; else it is tried again",
+        "an address that cannot be opened at the start ends the proxy; else it is tried again",
         flags=("bind-address-hard-fail",),
     ),
     _ignored("enableProfiling", "bool", False, "there are no Go profiles to serve", flags=("profiling",)),

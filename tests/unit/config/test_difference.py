@@ -27,7 +27,6 @@ LIVE = {
     "bindAddress",
     "healthzBindAddress",
     "metricsBindAddress",
-    "bindAddressHardFail",
     "iptables.masqueradeAll",
     "iptables.syncPeriod",
     "iptables.minSyncPeriod",
