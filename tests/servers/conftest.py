@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import http.client
+import itertools
 import json
+import os
 import socket
 import time
 from collections.abc import Callable, Iterator
@@ -17,6 +19,7 @@ from proxycore.servers import Servers
 from proxycore.status import Facts, NodeStatus, Status
 
 PATIENCE = 20.0
+NUMBERS = itertools.count()
 WELL = Status(
     synced=True,
     started=True,
@@ -52,8 +55,8 @@ class Proxy:
         self.servers = Servers(
             self.facts, self.registry, mode=lambda: self.mode, configz=lambda: self.configz
         )
-        self.health = f"127.0.0.1:{self.free_port()}"
-        self.metrics = f"127.0.0.1:{self.free_port()}"
+        self.health = f"{self.free_address()}:10256"
+        self.metrics = f"{self.free_address()}:10249"
 
     def facts(self) -> Facts:
         return Facts(now=time.time(), monotonic=time.monotonic(), status=self.status, **self.more)
@@ -87,6 +90,12 @@ class Proxy:
         except ConnectionRefusedError:
             return False
         return True
+
+    @staticmethod
+    def free_address() -> str:
+        """An address of loopback that nobody else has: not this process before, not one beside it."""
+        high, low = divmod(os.getpid(), 250)
+        return f"127.{1 + high % 250}.{1 + low}.{1 + next(NUMBERS) % 250}"
 
     @staticmethod
     def free_port(host: str = "127.0.0.1") -> int:

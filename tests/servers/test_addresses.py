@@ -58,7 +58,7 @@ def test_only_what_changed_is_bound_anew(proxy):
     client.getresponse().read()
     kept = client.sock
     old = proxy.metrics
-    proxy.metrics = f"127.0.0.1:{proxy.free_port()}"
+    proxy.metrics = f"{proxy.free_address()}:10249"
     proxy.serve()
     assert not proxy.is_open(old)
     assert proxy.ask(proxy.metrics, "/proxyMode").status == 200
