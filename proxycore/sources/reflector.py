@@ -141,7 +141,10 @@ class Reflector:
         objects: list[APIObject] = []
         misfits: list[Misfit] = []
         while True:
-            response = self._get([*query, *follow], (CONNECT_SECONDS, LIST_SILENCE_SECONDS))
+            # Pages after the first are the same request: the limit is there to keep us from asking again and again.
+            response = self._get(
+                [*query, *follow], (CONNECT_SECONDS, LIST_SILENCE_SECONDS), limited=not objects
+            )
             reader = ListReader(self._resource.kind)
             try:
                 for data in chunks(response, _READ_BYTES):
