@@ -76,12 +76,14 @@ class Engine:
         observers: Callable[[Callable[[], ChangeBatch | None]], Sequence[ObserverRunner]],
         log: Log,
         clock: Callable[[], float] = time.monotonic,
+        complaint: Callable[[], str] | None = None,
         changed: Callable[[], None] | None = None,
         in_force: Callable[[], None] | None = None,
         for_observers: Mapping[str, Any] = MappingProxyType({}),
     ) -> None:
         """`backend` and `observers` make the runners, given where to deliver answers and how to get a snapshot.
 
+        `complaint` says what is wrong with the proxy, when observers are told that it is not healthy.
         `changed` is called when an object has changed, `in_force` once, when the first batch is in force and the kernel was
         found to hold it; neither may block.  `for_observers`: what else an ObserverContext is to have, by field.
         """
@@ -117,6 +119,7 @@ class Engine:
         self._problems_at = float("inf")
         self._told_host: HostState | None = None
         self._stopping = self._ended = False
+        self._complaint = complaint or self.backend_overdue
         self._changed = changed
         self._tell_in_force = in_force
         self._for_observers = for_observers
@@ -463,11 +466,13 @@ class Engine:
             options = self._settings.observer_options.get(observer.name, {})
             observer.start(
                 ObserverContext(
-                    host=self._host,
-                    backend=self._info,
-                    healthy=self.healthy,
-                    options=options,
-                    **self._for_observers,
+                    **{
+                        "host": self._host,
+                        "backend": self._info,
+                        "healthy": self.healthy,
+                        "options": options,
+                        **self._for_observers,
+                    }
                 )
             )
 
@@ -557,10 +562,11 @@ class Engine:
         if status != self.status:
             self.status = status
         healthy = self.healthy()
-        if healthy != self._healthy:
+        if healthy != self._healthy and self._started:
             self._healthy = healthy
+            complaint = "" if healthy else self._complaint()
             for observer in self._observers:
-                observer.health(healthy, self._backend.overdue() or "")
+                observer.health(healthy, complaint)
 
     def _shut_down(self) -> None:
         for observer in self._observers:

@@ -14,7 +14,6 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from typing import Any
 
 from . import hostsetup, logs
 from .backend import BackendContext, Capability
@@ -24,11 +23,13 @@ from .config import Difference, Loaded
 from .config.configz import configz
 from .dispatch import BackendReply, BackendRunner, ObserverRunner
 from .engine import Engine
-from .errors import KernelError, SourceError
+from .errors import ConfigError, KernelError, SourceError
+from .health import judge, sentence
 from .host import reserved_ports
 from .inbox import EngineSettings
 from .kernel import presence
 from .logs import Log, get
+from .metrics.exposition import Registry
 from .nodefacts import NodeFacts
 from .options import RunOptions
 from .plugins import Observers, load_backend, load_observers, load_source
@@ -107,7 +108,7 @@ class _Proxy:
         self._takeover.refuse_if_needed()
         probe(cell, self._context, self._log)
         self._fallback, self._saver_path = self._with_fallback(source)
-        self._registry = _registry()
+        self._registry = Registry()
         self._engine = Engine(
             settings=self._settings(),
             host_of=self._node,
@@ -115,9 +116,11 @@ class _Proxy:
             backend_info=cell.info,
             observers=self._observer_runners,
             log=self._log,
+            complaint=self._complaint,
             changed=self._object_changed,
             in_force=self._first_in_force,
             for_observers={
+                "healthy": self.healthy,
                 "facts": self.facts,
                 "registry": self._registry,
                 "mode": config.mode,
@@ -208,6 +211,13 @@ class _Proxy:
             source_name=self._options.source,
         )
 
+    def healthy(self) -> bool:
+        """Is the proxy itself well, whatever may be with its node?"""
+        return judge(self.facts()).proxy_healthy
+
+    def _complaint(self) -> str:
+        return sentence(judge(self.facts()).proxy_failing)
+
     def _object_changed(self) -> None:
         if self._saver is not None:
             self._saver.changed()
@@ -229,7 +239,10 @@ class _Proxy:
         )
         self._node.config = config
         self._engine.host_may_have_changed()
-        self._servers.serve(config.healthz_bind_address, config.metrics_bind_address, hard_fail=False)
+        try:
+            self._servers.serve(config.healthz_bind_address, config.metrics_bind_address, hard_fail=False)
+        except ConfigError as error:
+            self._log.error("addresses stay as they are", error=error)
 
     # -- life --
 
@@ -288,12 +301,6 @@ class _Proxy:
                 "configuration",
                 warning=f"the {self._cell.name} backend serves no node ports on loopback addresses",
             )
-
-
-def _registry() -> Any:
-    from prometheus_client import CollectorRegistry
-
-    return CollectorRegistry()
 
 
 def probe(cell: BackendCell, context: BackendContext, log: Log) -> None:

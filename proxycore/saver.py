@@ -18,7 +18,7 @@ from .statefile import mark_incomplete, read, set_aside, write
 from .status import SavedStatus
 from .store import Contents
 
-QUIET_SECONDS = 1.0
+QUIET_SECONDS = 0.3
 LONGEST_WAIT_SECONDS = 10.0
 """So long after a change it is written though others keep coming."""
 REST_PER_COST = 50.0
@@ -50,6 +50,7 @@ class Saver:
         self._log = log
         self._condition = threading.Condition()
         self._dirty = self._stopping = False
+        self._first = True
         self._saved_at: float | None = None
         self._problem = ""
         self._pause = RETRY_SECONDS[0]
@@ -109,12 +110,15 @@ class Saver:
 
     def _mark(self) -> None:
         try:
+            if self._first:
+                self._make_way()
+                self._first = False
             mark_incomplete(self._path, self._node, self._origin)
         except OSError as error:
             self._fail(error)
 
     def _make_way(self) -> None:
-        """Before the first write: what is there may be somebody's last good state, though not ours."""
+        """Before the first touch: what is there may be somebody's last good state, though not ours."""
         try:
             saved = read(self._path)
             if saved is not None:
@@ -130,8 +134,6 @@ class Saver:
         try:
             now = time.time()
             data = dump(self._read(), node=self._node, origin=self._origin, saved_at=now)
-            if self._saved_at is None:
-                self._make_way()
             write(self._path, data)
         except Exception as error:  # noqa: BLE001  a full disk must not cost more than the file
             self._fail(error)
