@@ -225,7 +225,9 @@ class Connection:
             except Gone:
                 gone = msgspec.json.encode(status_value(410, f"too old resource version: {wanted}"))
                 body.chunk(b'{"type":"ERROR","object":' + gone + b"}\n")
-                events, deadline, version = [], 0.0, 0
+                body.chunk(b"")
+                return
+            body.send(b"")
             while True:
                 for kind, value in events:
                     body.chunk(b'{"type":"' + kind.encode() + b'","object":' + value + b"}\n")
