@@ -16,6 +16,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Collection, Sequence
 
 import msgspec
@@ -35,6 +36,9 @@ LOOK_AGAIN_SECONDS = (2.0, 8.0, 20.0, 40.0, 60.0)
 RETURNS = 2
 """So often kube-proxy's rules may come back before it counts as running: once may be the last thing that it did."""
 CHILD_SECONDS = 60.0
+DRAIN_SECONDS = 300.0
+"""So long TCP connections through kube-proxy's IPVS virtual servers have to end by themselves."""
+_DRAIN_LOOK_SECONDS = 1.0
 _SHOWN = 6
 _STOP_IT = (
     "stop kube-proxy on this node (its DaemonSet: `kubectl -n kube-system delete daemonset kube-proxy`, or keep it off this "
@@ -53,7 +57,8 @@ class Takeover:
     """One run's way of dealing with other owners of Services in its network namespace.
 
     `mode`: what is to be done about them; `backend`: the one in force.  `without`: parts of kube-proxy's that the backend in
-    force uses as its own.  `exclude_cidrs`: kube-proxy's `ipvs.excludeCIDRs`.  `pauses`: seconds between looks.
+    force uses as its own.  `exclude_cidrs`: kube-proxy's `ipvs.excludeCIDRs`.  `pauses`: seconds between looks;
+    `drain_seconds`: how long open connections may keep IPVS virtual servers.
     """
 
     def __init__(
@@ -67,6 +72,7 @@ class Takeover:
         exclude_cidrs: Collection[str] = (),
         pauses: Sequence[float] = LOOK_AGAIN_SECONDS,
         child_seconds: float = CHILD_SECONDS,
+        drain_seconds: float = DRAIN_SECONDS,
     ) -> None:
         self._mode = mode
         self._backend = backend
@@ -76,6 +82,7 @@ class Takeover:
         self._exclude_cidrs = tuple(exclude_cidrs)
         self._pauses = tuple(pauses)
         self._child_seconds = child_seconds
+        self._drain_seconds = drain_seconds
         self._stopping = threading.Event()
         self._expected = False
         self._tables: tuple[tuple[NftFamily, str], ...] = ()
@@ -201,7 +208,35 @@ class Takeover:
     def _remove(self, found: Census) -> None:
         for reason in found.warnings():
             self._once("taking over", reason)
-        kubeproxy.remove(found, lambda line: self._log.info("removed", of="kube-proxy", what=line))
+        kubeproxy.remove_rules(found, self._tell)
+        if self._drain(found):
+            kubeproxy.remove_ipvs(found, self._tell)
+
+    def _tell(self, line: str) -> None:
+        self._log.info("removed", of="kube-proxy", what=line)
+
+    def _drain(self, found: Census) -> bool:
+        """Let open connections through virtual servers end, once, and not for ever; False: we are to stop.
+
+        New ones go by our rules already: these translate a packet before it can come to IPVS.
+        """
+        end = time.monotonic() + self._drain_seconds
+        self._drain_seconds = 0.0
+        told = False
+        while found.servers and time.monotonic() < end:
+            active = kubeproxy.open_connections(found)
+            if not active:
+                break
+            if not told:
+                self._log.info(
+                    "connections through IPVS virtual servers have time to end by themselves",
+                    open=active,
+                    seconds=end - time.monotonic(),
+                )
+                told = True
+            if self._stopping.wait(_DRAIN_LOOK_SECONDS):
+                return False
+        return True
 
     def _fight_no_more(self, found: Census) -> bool:
         self.problem = "kube-proxy is still running: its rules come back when they are removed"

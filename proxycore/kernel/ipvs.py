@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno as errnos
 import socket
 import struct
+from collections.abc import Collection, Iterable
 from ipaddress import ip_address
 from pathlib import Path
 from typing import NamedTuple
@@ -46,6 +47,30 @@ class VirtualServer(NamedTuple):
 def there() -> bool:
     """Has the kernel IPVS in this thread's network namespace?  Loads nothing."""
     return Path("/proc/thread-self/net/ip_vs").exists()
+
+
+def active_connections(servers: Collection[VirtualServer]) -> int:
+    """Connections that are open through these virtual servers.  Raises OSError."""
+    with Path("/proc/thread-self/net/ip_vs").open() as lines:
+        return count_active(lines, servers)
+
+
+def count_active(lines: Iterable[str], servers: Collection[VirtualServer]) -> int:
+    """The same from the lines of `/proc/net/ip_vs`, where addresses are written in hexadecimal digits."""
+    wanted = {(server.protocol, ip_address(server.address), server.port) for server in servers}
+    count, counts = 0, False
+    for line in lines:
+        words = line.split()
+        if words[:1] == ["->"]:
+            if counts and len(words) >= 6 and words[4].isdigit():
+                count += int(words[4])
+        elif len(words) >= 2 and words[0] in _NUMBERS.values():
+            host, _, port = words[1].rpartition(":")
+            address = ip_address(host.strip("[]")) if "[" in host else ip_address(int(host, 16))
+            counts = (words[0], address, int(port, 16)) in wanted
+        else:
+            counts = False
+    return count
 
 
 class Ipvs:

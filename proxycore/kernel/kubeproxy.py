@@ -18,6 +18,8 @@ from ..errors import KernelError
 from ..kubechains import TableRules
 from ..model import Family, Protocol
 from . import ipsets, ipvs, links, nftables, xtables
+from .conntrack import Conntrack
+from .flow import packed
 from .ipvs import VirtualServer
 from .nftables import NftFamily
 from .xtables import Tools, Variant
@@ -56,6 +58,8 @@ _NODE_PORT_SETS: Mapping[Protocol, tuple[str, ...]] = {
     "UDP": ("KUBE-NODE-PORT-UDP", "KUBE-6-NODE-PORT-UDP"),
     "SCTP": ("KUBE-NODE-PORT-SCTP-HASH", "KUBE-6-NODE-PORT-SCTP-HASH"),
 }
+_IPS_DST_NAT = 1 << 5
+"""Bit of a flow whose destination connection tracking itself translates."""
 _SET_SECONDS = 5.0
 """So long the kernel may take to notice that nothing refers to a set any more."""
 
@@ -230,12 +234,26 @@ def _ipvs(exclude_cidrs: Collection[str]) -> tuple[tuple[VirtualServer, ...], tu
     return servers, sets, bound is not None
 
 
-def remove(found: Census, told: Told) -> None:
-    """Take away what the census found; `told` gets a line for each thing that is gone.
+def open_connections(found: Census) -> int:
+    """Connections that are open through the virtual servers; UDP has none that one could wait for."""
+    servers = [server for server in found.servers if server.protocol != "UDP"]
+    try:
+        return ipvs.active_connections(servers) if servers else 0
+    except OSError:
+        return 0
 
-    Filter rules go first, so that nothing is refused any more that should work; then nf_tables' tables, the other rules, one
-    commit a table, virtual servers, sets and the link.  The last two are what virtual servers are known by.
-    Raises KernelError: the rest is still there; look again and go on.  It also tells so at the end, when a set is still used.
+
+def remove(found: Census, told: Told) -> None:
+    """Take away what the census found: remove_rules(), then remove_ipvs().  Raises KernelError as these do."""
+    remove_rules(found, told)
+    remove_ipvs(found, told)
+
+
+def remove_rules(found: Census, told: Told) -> None:
+    """Take away rules and tables; `told` gets a line for each thing that is gone.
+
+    Filter rules go first, so that nothing is refused any more that should work; then nf_tables' tables, then the other rules,
+    one commit a table.  Raises KernelError: the rest is still there; look again and go on.
     """
     for tools, rules in found.rules:
         if rules.table == "filter":
@@ -248,7 +266,16 @@ def remove(found: Census, told: Told) -> None:
     for tools, rules in found.rules:
         if rules.table != "filter":
             _remove_rules(tools, rules, told)
+
+
+def remove_ipvs(found: Census, told: Told) -> None:
+    """Take away virtual servers, then the sets and the link, which they are known by.
+
+    TCP connections through a virtual server end with it; UDP flows go over to the rules in force.
+    Raises KernelError: the rest is still there; it also tells so at the end, when a set is still used.
+    """
     if found.servers:
+        _release_flows(found.servers, told)
         with ipvs.Ipvs() as virtual:
             for server in found.servers:
                 if virtual.delete(server):
@@ -258,6 +285,27 @@ def remove(found: Census, told: Told) -> None:
         told(f"link {LINK}")
     if stuck is not None:
         raise stuck
+
+
+def _release_flows(servers: Collection[VirtualServer], told: Told) -> None:
+    """Forget UDP flows that IPVS translates, so that the next packet of each meets the rules in force.
+
+    To connection tracking they look like flows to the virtual address itself, and as long as a client goes on sending it would
+    never look for a translation.  Before the servers go: a flow that is taken up again meanwhile is not theirs any more.
+    """
+    theirs = {(packed(server.address), server.port) for server in servers if server.protocol == "UDP"}
+    if not theirs:
+        return
+    count = 0
+    with Conntrack() as table:
+        for family in _NFT:
+            count += table.delete(
+                flow
+                for flow in table.udp_flows(family)
+                if (flow.destination, flow.destination_port) in theirs and not flow.status & _IPS_DST_NAT
+            )
+    if count:
+        told(f"connection tracking: {count} UDP flows through virtual servers")
 
 
 def _remove_rules(tools: Tools, rules: TableRules, told: Told) -> None:

@@ -118,7 +118,7 @@ def test_auto_touches_nothing_before_and_removes_all_after(namespace, said):
 def running_kube_proxy(namespace: Namespace, monkeypatch, times: int) -> list[int]:
     """Writes its rules again after each removal, so often."""
     written: list[int] = []
-    remove = kubeproxy.remove
+    remove = kubeproxy.remove_ipvs
 
     def removed(found, told):
         remove(found, told)
@@ -126,7 +126,7 @@ def running_kube_proxy(namespace: Namespace, monkeypatch, times: int) -> list[in
             written.append(1)
             load(namespace, "nft", "IPv4", RULES)
 
-    monkeypatch.setattr(kubeproxy, "remove", removed)
+    monkeypatch.setattr(kubeproxy, "remove_ipvs", removed)
     load(namespace, "nft", "IPv4", RULES)
     return written
 
@@ -144,24 +144,27 @@ def test_a_running_kube_proxy_is_named_and_not_fought(namespace, said, monkeypat
 
 
 def test_the_last_thing_that_kube_proxy_did_is_removed_too(namespace, said, monkeypatch):
-    running_kube_proxy(namespace, monkeypatch, times=1)
+    written = running_kube_proxy(namespace, monkeypatch, times=1)
     takeover = made("auto")
     assert namespace.call(takeover.after_first_sync)
+    assert written == [1]
     assert entries(said, "error") == []
     assert "KUBE" not in saved(namespace, "nft", "IPv4")
 
 
 def test_an_old_kubelets_chains_come_back_and_that_is_no_kube_proxy(namespace, said, monkeypatch):
     kubelets = "*nat\n:KUBE-MARK-MASQ - [0:0]\n:KUBE-POSTROUTING - [0:0]\nCOMMIT\n"
-    remove = kubeproxy.remove
+    remove, written = kubeproxy.remove_ipvs, []
 
     def removed(found, told):
         remove(found, told)
+        written.append(1)
         load(namespace, "nft", "IPv4", kubelets)
 
-    monkeypatch.setattr(kubeproxy, "remove", removed)
+    monkeypatch.setattr(kubeproxy, "remove_ipvs", removed)
     load(namespace, "nft", "IPv4", RULES)
     assert namespace.call(made("auto").after_first_sync)
+    assert len(written) == 1 + len(QUICK)
     assert entries(said, "error") == []
 
 
