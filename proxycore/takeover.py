@@ -17,7 +17,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 import msgspec
 
@@ -30,6 +30,7 @@ from .kernel.nftables import NftFamily
 from .logs import Log
 from .model import HostState
 from .plugins import list_plugins, load_backend
+from .status import Status
 
 LOOK_AGAIN_SECONDS = (2.0, 8.0, 20.0, 40.0, 60.0)
 """Pauses between looks at what may have come back; kube-proxy notices within half a minute that its rules are gone."""
@@ -39,6 +40,7 @@ CHILD_SECONDS = 60.0
 DRAIN_SECONDS = 300.0
 """So long TCP connections through kube-proxy's IPVS virtual servers have to end by themselves."""
 _DRAIN_LOOK_SECONDS = 1.0
+_HOLD_LOOK_SECONDS = 2.0
 _SHOWN = 6
 _STOP_IT = (
     "stop kube-proxy on this node (its DaemonSet: `kubectl -n kube-system delete daemonset kube-proxy`, or keep it off this "
@@ -58,7 +60,8 @@ class Takeover:
 
     `mode`: what is to be done about them; `backend`: the one in force.  `without`: parts of kube-proxy's that the backend in
     force uses as its own.  `exclude_cidrs`: kube-proxy's `ipvs.excludeCIDRs`.  `pauses`: seconds between looks;
-    `drain_seconds`: how long open connections may keep IPVS virtual servers.
+    `drain_seconds`: how long open connections may keep IPVS virtual servers.  `hold`: why nothing of theirs may go yet,
+    asked again until it says None; see `reason_to_wait`.
     """
 
     def __init__(
@@ -73,6 +76,7 @@ class Takeover:
         pauses: Sequence[float] = LOOK_AGAIN_SECONDS,
         child_seconds: float = CHILD_SECONDS,
         drain_seconds: float = DRAIN_SECONDS,
+        hold: Callable[[], str | None] = lambda: None,
     ) -> None:
         self._mode = mode
         self._backend = backend
@@ -83,6 +87,7 @@ class Takeover:
         self._pauses = tuple(pauses)
         self._child_seconds = child_seconds
         self._drain_seconds = drain_seconds
+        self._hold = hold
         self._stopping = threading.Event()
         self._expected = False
         self._tables: tuple[tuple[NftFamily, str], ...] = ()
@@ -125,7 +130,7 @@ class Takeover:
         """
         try:
             if self._mode == "auto":
-                return self._take_over()
+                return self._wait_while_held() and self._take_over()
             if self._mode == "leave":
                 return self._warn()
         except KernelError as error:
@@ -165,6 +170,21 @@ class Takeover:
             do="stop kube-proxy and run `kube-proxy --cleanup`, or start with --takeover auto",
         )
         return False
+
+    def _wait_while_held(self) -> bool:
+        """Leave everything in force while ours serves less than it should; False: we are to stop."""
+        looked = False
+        while (reason := self._hold()) is not None:
+            if not looked and (self._expected or self._look().found):
+                self._log.warning(
+                    "kube-proxy's rules stay until ours serve all that they should", reason=reason
+                )
+                self.problem = f"kube-proxy's rules are still in force: {reason}"
+            looked = True
+            if self._stopping.wait(_HOLD_LOOK_SECONDS):
+                return False
+        self.problem = None
+        return True
 
     def _take_over(self) -> bool:
         self._clean_up_others()
@@ -271,6 +291,26 @@ class Takeover:
                     error=answer.error,
                     do=f"stop this proxy, run `proxyctl cleanup --backend {name}`, start it again",
                 )
+
+
+def reason_to_wait(status: Status) -> str | None:
+    """What is not in force yet and may be in kube-proxy's rules, in a phrase; None: ours are all that is needed.
+
+    Services that the backend cannot serve at all are no reason: waiting would not change that.
+    """
+    if status.held or status.refused:
+        return status.held or status.refused
+    if not status.service_changes_total:
+        return "the source has no Service"
+    if status.source.state == "stale":
+        return f"the source is stale: {status.source.reason}"
+    if status.quarantined:
+        name, why = next(iter(status.quarantined.items()))
+        return f"{len(status.quarantined)} Services are set aside, such as {name}: {why}"
+    if status.troubles:
+        what, why = next(iter(status.troubles.items()))
+        return f"{len(status.troubles)} objects or files cannot be read, such as {what}: {why}"
+    return None
 
 
 def _short(found: Sequence[str]) -> str:

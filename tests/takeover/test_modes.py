@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import logging
+import re
 import subprocess
 import sys
 import textwrap
@@ -18,7 +19,10 @@ import pytest
 from proxycore import logs
 from proxycore.errors import KernelError
 from proxycore.kernel import kubeproxy, presence, xtables
-from proxycore.takeover import Takeover, clean_up_apart, other_backends
+from proxycore.model import ServicePortName
+from proxycore.source import Health
+from proxycore.status import Status
+from proxycore.takeover import Takeover, clean_up_apart, other_backends, reason_to_wait
 from proxycore.testing.netns import Namespace
 
 from .rules import Served, kube_proxy, load, others, saved
@@ -27,6 +31,7 @@ pytestmark = pytest.mark.root
 
 SERVICES = (Served("default/web:http", "172.30.0.41", ("10.180.0.1:8080",)),)
 RULES = kube_proxy(SERVICES, "IPv4", pod_cidr="10.0.0.0/8")
+NAME = ServicePortName("default", "web", "http", "TCP", "IPv4")
 QUICK = (0.01, 0.01, 0.01)
 
 
@@ -217,6 +222,53 @@ def test_stopping_ends_the_watch(namespace, said):
     takeover.stop()
     thread.join(timeout=30)
     assert not thread.is_alive()
+
+
+def test_while_ours_serve_too_little_everything_stays(namespace, said, monkeypatch):
+    monkeypatch.setattr("proxycore.takeover._HOLD_LOOK_SECONDS", 0.001)
+    load(namespace, "nft", "IPv4", RULES)
+    before = saved(namespace, "nft", "IPv4")
+    reasons = ["no Service", "still none", "and now a bad one"]
+    seen: list[tuple[bool, str | None]] = []
+
+    def hold() -> str | None:
+        seen.append((saved(namespace, "nft", "IPv4") == before, takeover.problem))
+        return reasons.pop(0) if reasons else None
+
+    takeover = made("auto", hold=hold)
+    assert namespace.call(takeover.after_first_sync)
+    assert [stays for stays, _ in seen] == [True] * 4
+    assert "no Service" in str(seen[1][1])
+    assert [entry["reason"] for entry in entries(said, "warning")] == ["no Service"]
+    assert "KUBE" not in saved(namespace, "nft", "IPv4")
+    assert takeover.problem is None
+
+
+def test_on_an_empty_node_waiting_is_not_worth_a_word(namespace, said, monkeypatch):
+    monkeypatch.setattr("proxycore.takeover._HOLD_LOOK_SECONDS", 0.001)
+    reasons = ["no Service"]
+    takeover = made("auto", hold=lambda: reasons.pop() if reasons else None)
+    assert namespace.call(takeover.after_first_sync)
+    assert said.getvalue() == ""
+
+
+@pytest.mark.parametrize(
+    ("status", "wanted"),
+    [
+        (Status(service_changes_total=1), None),
+        (Status(service_changes_total=1, unsupported={NAME: "no"}), None),
+        (Status(service_changes_total=1, source=Health("ended", "over")), None),
+        (Status(), "no Service"),
+        (Status(service_changes_total=1, held="a file cannot be read"), "a file"),
+        (Status(service_changes_total=1, refused="out of memory"), "out of memory"),
+        (Status(service_changes_total=1, quarantined={NAME: "too big"}), "default/web:http.*too big"),
+        (Status(service_changes_total=1, troubles={"a.yaml": "broken"}), "a.yaml: broken"),
+        (Status(service_changes_total=1, source=Health("stale", "an hour old")), "an hour old"),
+    ],
+)
+def test_what_there_is_to_wait_for(status, wanted):
+    reason = reason_to_wait(status)
+    assert reason is None if wanted is None else re.search(wanted, str(reason))
 
 
 # -- other backends --

@@ -201,11 +201,14 @@ class NftBackend:
             for table in tables:
                 table.switched()
         text = "".join(table.leave_text() for table in tables)
-        if self._takes_over:
+        # With no Service of ours in force theirs are all that works; the core decides then.
+        taking_over = self._takes_over and any(table.mirror.entries for table in tables)
+        if taking_over:
             text += self._without_kube_proxy()
         if text:
             self._load(text)
-        self._takes_over = False
+        if taking_over:
+            self._takes_over = False
         for table in tables:
             table.left()
 
