@@ -7,6 +7,7 @@ rules in both.  Nothing here loads a kernel module: only tables that exist are r
 from __future__ import annotations
 
 import shutil
+import signal
 import subprocess
 import tempfile
 import threading
@@ -110,6 +111,8 @@ def save(tools: Tools, read: Callable[[Iterable[str]], T]) -> T:
             if process.poll() is None:
                 process.kill()
                 process.wait()
+        if status == -signal.SIGKILL:
+            raise KernelError(f"{tools.save} did not end within {READ_SECONDS:g} s and was killed")
         if status:
             complaints.seek(0)
             raise KernelError(f"{tools.save} ended with {status}: {_short(complaints.read())}")
