@@ -22,6 +22,7 @@ SECTIONS = {
     "nft": "nf_tables: full load, one change, many changes, restart",
     "memory": "resident memory",
     "startup": "from exec to programmed; the command line",
+    "api": "an API server at the other end: start, one change, start without it",
     "compare": "against kube-proxy's rules written by `nft -f`",
     "packets": "what a connection's first packet costs (full only)",
 }

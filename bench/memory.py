@@ -43,7 +43,7 @@ def run(*, full: bool) -> Iterator[Row]:
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder, "objects.json")
             cluster.write_list(path, services)
-            with Proxy(path) as proxy:
+            with Proxy(f"file:{path}") as proxy:
                 proxy.wait_programmed(services)
                 time.sleep(SETTLED_SECONDS)
                 yield Row(what=f"proxyctl run, {what}", value=memory_mb(proxy.pid), unit="MB", bar=bar)

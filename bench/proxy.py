@@ -1,4 +1,4 @@
-"""`proxyctl run` as an operator starts it, on a file."""
+"""`proxyctl run` as an operator starts it, on a file or on an API server."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 from types import TracebackType
 
 from . import cluster
@@ -19,9 +18,11 @@ _SYNCED = re.compile(r"msg=synced .*?changes=(\d+)")
 class Proxy:
     """Runs while the context is entered; `began` is the moment before its exec."""
 
-    def __init__(self, path: Path) -> None:
-        argv = [sys.executable, "-m", "proxycore", "run", "--backend", "nft", "--source", f"file:{path}"]
+    def __init__(self, source: str, *options: str, keep: bool = False) -> None:
+        """`source` and `options` as on the command line.  `keep`: the rules stay at the end."""
+        argv = [sys.executable, "-m", "proxycore", "run", "--backend", "nft", "--source", source, *options]
         argv += ["--node-name", cluster.NODE, "--set", "clusterCIDR=10.0.0.0/8"]
+        self._keep = keep
         self._said: list[str] = []
         self.began = time.perf_counter()
         self._process = subprocess.Popen(argv, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
@@ -44,6 +45,8 @@ class Proxy:
             self._process.wait(10.0)
         except subprocess.TimeoutExpired:
             self._process.kill()
+        if self._keep:
+            return
         clean = [sys.executable, "-m", "proxycore", "cleanup", "--backend", "nft"]
         subprocess.run(clean, capture_output=True, check=False)
 

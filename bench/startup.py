@@ -25,7 +25,7 @@ def run(*, full: bool) -> Iterator[Row]:
             cluster.write_list(path, services)
             walls = []
             for _ in range(5 if full else 3):
-                with Proxy(path) as proxy:
+                with Proxy(f"file:{path}") as proxy:
                     walls.append(proxy.wait_programmed(services))
             label = f"proxyctl run, exec to programmed, {services:,} x {cluster.ENDPOINTS}"
             yield Row(what=label, value=median(walls), unit="s", bar=bar, note="JSON file")
