@@ -5,12 +5,14 @@ from __future__ import annotations
 import importlib
 import json
 import logging
+import os
 import re
 import subprocess
 import sys
 import textwrap
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from io import StringIO
 from pathlib import Path
 
@@ -274,7 +276,7 @@ def test_what_there_is_to_wait_for(status, wanted):
 # -- other backends --
 
 CODE = """
-import os, sys, time
+import atexit, os, sys, time
 from proxycore.api import *
 
 
@@ -294,6 +296,7 @@ class Plugin:
     @hookimpl
     def proxycore_backend_cleanup(self, context):
         print("noise on standard output")
+        atexit.register(print, "and more of it at the end", flush=True)
         open(os.environ["MARKER"], "a").write(NAME + " " + context.host.node_name + "\\n")
         BODY
 """
@@ -364,6 +367,39 @@ def test_one_that_hangs_is_killed(namespace, site, at_work):
     site.install("hangs", "os.fork() or time.sleep(600); time.sleep(600)")
     answer = namespace.call(lambda: clean_up_apart("hangs", "n1", 3.0))
     assert "did not end within 3 s" in answer.error
+
+
+def test_one_whose_run_is_killed_goes_with_it(namespace, site):
+    site.install(
+        "slow", 'open(os.environ["MARKER"] + "-pid", "w").write(f"{os.getpid()}\\n"); time.sleep(600)'
+    )
+    code = (
+        "from proxycore.kernel import presence; from proxycore.takeover import clean_up_apart\n"
+        "sign = presence.claim(); print(clean_up_apart('slow', 'n1', 60.0))"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    run = namespace.popen([sys.executable, "-c", code], stdout=subprocess.PIPE, env=environment)
+    marker = site.root / "marker-pid"
+    wait_until(lambda: run.poll() is not None or (marker.exists() and marker.read_text().endswith("\n")))
+    pid = int(marker.read_text())
+    assert running(pid)
+    run.kill()
+    run.communicate()
+    wait_until(lambda: not running(pid))
+
+
+def running(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+def wait_until(true: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 30.0
+    while not true():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
 
 
 def test_nobody_else_may_have_it_done(namespace, site):
