@@ -85,8 +85,12 @@ def dump(contents: Contents, *, node: str, origin: str, saved_at: float) -> byte
     packer = zlib.compressobj(_LEVEL)
     parts = []
     for kind, items in kinds:
-        line = _ENCODER.encode(_List(kind, [msgspec.Raw(encode(item)) for item in items]))
-        parts.append(packer.compress(line + b"\n"))
+        # One object after the other: all of them at once would be more memory than the process has otherwise.
+        separator = b'{"kind":"%s","objects":[' % kind.encode()
+        for item in items:
+            parts.append(packer.compress(separator + encode(item)))
+            separator = b","
+        parts.append(packer.compress((b"" if separator == b"," else separator) + b"]}\n"))
     body = b"".join([*parts, packer.flush()])
     header = Header(
         proxycore_state=VERSION,
@@ -101,9 +105,7 @@ def dump(contents: Contents, *, node: str, origin: str, saved_at: float) -> byte
 
 def load(data: bytes, where: str) -> Saved:
     """What the bytes hold.  Raises SourceError that begins with `where`: it is damaged, or none of ours."""
-    header, body = split(data, where)
-    if _checksum(header.node, header.origin, header.saved_at, body) != header.checksum:
-        raise SourceError(f"{where}: is damaged: its checksum is wrong")
+    header, body = check(data, where)
     try:
         unpacker = zlib.decompressobj()
         text = unpacker.decompress(body, MAX_BYTES)
@@ -112,6 +114,14 @@ def load(data: bytes, where: str) -> Saved:
         return Saved(header=header, lists=tuple(_replaced(line) for line in text.splitlines()))
     except (zlib.error, msgspec.MsgspecError, DecodeError, ValueError, RecursionError) as error:
         raise SourceError(f"{where}: is damaged: {error}") from None
+
+
+def check(data: bytes, where: str) -> tuple[Header, bytes]:
+    """Header and body of a file that is whole, without a look at the objects.  Raises SourceError as load() does."""
+    header, body = split(data, where)
+    if _checksum(header.node, header.origin, header.saved_at, body) != header.checksum:
+        raise SourceError(f"{where}: is damaged: its checksum is wrong")
+    return header, body
 
 
 def check_owner(header: Header, where: str, node: str, origin: str) -> None:

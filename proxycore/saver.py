@@ -14,7 +14,7 @@ from collections.abc import Callable
 from .errors import SourceError
 from .logs import Log
 from .savedstate import check_owner, dump
-from .statefile import mark_incomplete, read, set_aside, write
+from .statefile import mark_incomplete, read_header, set_aside, write
 from .status import SavedStatus
 from .store import Contents
 
@@ -120,9 +120,9 @@ class Saver:
     def _make_way(self) -> None:
         """Before the first touch: what is there may be somebody's last good state, though not ours."""
         try:
-            saved = read(self._path)
-            if saved is not None:
-                check_owner(saved.header, self._path, self._node, self._origin)
+            header = read_header(self._path)
+            if header is not None:
+                check_owner(header, self._path, self._node, self._origin)
         except SourceError as error:
             name = set_aside(self._path)
             self._log.warning("a saved state that cannot be used is kept", file=name, error=error)

@@ -7,7 +7,7 @@ import stat
 from contextlib import suppress
 
 from .errors import SourceError
-from .savedstate import COMPLETE_OFFSET, HEADER_BYTES, Saved, check_owner, load, split
+from .savedstate import COMPLETE_OFFSET, HEADER_BYTES, Header, Saved, check, check_owner, load, split
 
 DEFAULT_PATH = "/var/lib/proxycore/state"
 MAX_FILE_BYTES = 1 << 30
@@ -19,6 +19,17 @@ def read(path: str) -> Saved | None:
 
     Raises SourceError naming the file: it is damaged, none of ours, or another user's; it stays as it is.
     """
+    data = _bytes(path)
+    return None if data is None else load(data, path)
+
+
+def read_header(path: str) -> Header | None:
+    """The header of a file that is whole, None if there is none.  Raises SourceError as read() does."""
+    data = _bytes(path)
+    return None if data is None else check(data, path)[0]
+
+
+def _bytes(path: str) -> bytes | None:
     try:
         descriptor = os.open(path, os.O_RDONLY | _FLAGS)
     except FileNotFoundError:
@@ -37,7 +48,7 @@ def read(path: str) -> Saved | None:
         if found.st_size > MAX_FILE_BYTES:
             raise SourceError(f"{path}: has {found.st_size} bytes, which no state of a node has")
         try:
-            return load(file.read(), path)
+            return file.read()
         except OSError as error:
             raise SourceError(f"{path}: cannot be read: {error.strerror}") from None
 
