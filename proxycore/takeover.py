@@ -102,13 +102,16 @@ class Takeover:
         """
         try:
             found = self._look()
-        except KernelError as error:
+        except Exception as error:
             if self._mode == "refuse":
                 raise KernelError(
-                    f"cannot tell whether kube-proxy's rules are here (takeover: refuse): {error}",
-                    errno=error.errno,
+                    f"cannot tell whether kube-proxy's rules are here (takeover: refuse): {error}"
                 ) from error
-            self._log.warning("cannot look for kube-proxy's rules", error=error)
+            # A node whose Services work is worth more than a tidy one.
+            if isinstance(error, KernelError):
+                self._log.warning("cannot look for kube-proxy's rules", error=error)
+            else:
+                self._log.exception("cannot look for kube-proxy's rules", error)
             return
         self._expected, self._tables = found.found, found.nft_tables
         if not found.found:

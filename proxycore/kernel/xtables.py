@@ -6,10 +6,10 @@ rules in both.  Nothing here loads a kernel module: only tables that exist are r
 
 from __future__ import annotations
 
+import os
 import shutil
 import signal
 import subprocess
-import tempfile
 import threading
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -88,7 +88,8 @@ def save(tools: Tools, read: Callable[[Iterable[str]], T]) -> T:
 
     Raises KernelError: the tool failed or took too long.
     """
-    with tempfile.TemporaryFile("w+", errors="replace") as complaints:
+    # In memory: a container may have no place for temporary files.
+    with os.fdopen(os.memfd_create("complaints"), "w+", errors="replace") as complaints:
         try:
             process = subprocess.Popen(
                 [tools.save], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=complaints, text=True,

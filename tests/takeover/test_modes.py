@@ -216,6 +216,21 @@ def test_a_bug_ends_in_the_log(namespace, said, monkeypatch):
     assert "traceback" in entries(said, "error")[0]
 
 
+@pytest.mark.parametrize("error", [KernelError("no rights"), ZeroDivisionError("no rights")])
+@pytest.mark.parametrize("mode", ["auto", "refuse", "leave"])
+def test_what_cannot_be_looked_at_keeps_only_a_refusing_start_from_it(said, monkeypatch, mode, error):
+    def broken(**options):
+        raise error
+
+    monkeypatch.setattr(kubeproxy, "census", broken)
+    if mode == "refuse":
+        with pytest.raises(KernelError, match=r"cannot tell whether .* no rights"):
+            made(mode).refuse_if_needed()
+    else:
+        made(mode).refuse_if_needed()
+        assert "cannot look for kube-proxy's rules" in said.getvalue()
+
+
 def test_stopping_ends_the_watch(namespace, said):
     load(namespace, "nft", "IPv4", RULES)
     takeover = made("auto", pauses=(600.0,))
