@@ -53,13 +53,26 @@ from .model import (
 )
 from .objects import APIObject, EndpointSlice, Kind, Node, Service, ServiceCIDR
 from .observer import ObserverContext
-from .source import Applied, Deleted, Event, Health, Replaced, Sink, Source, SourceContext, Synced, Trouble
+from .source import (
+    Applied,
+    Deleted,
+    Event,
+    Health,
+    Listed,
+    Replaced,
+    Sink,
+    Source,
+    SourceContext,
+    Synced,
+    Trouble,
+)
 
 __all__ = [
     "API_VERSION",
     "APIObject",
     "EndpointSlice",
     "Kind",
+    "Listed",
     "Node",
     "Service",
     "ServiceCIDR",

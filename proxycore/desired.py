@@ -20,7 +20,7 @@ from .model import HostState, Protocol, ServicePortName, ServiceState
 from .objects import EndpointSlice
 from .problems import Problem
 from .resolve import Resolution, resolve_plan
-from .source import Applied, Deleted, Event, Replaced
+from .source import Applied, Deleted, Event, Listed, Replaced
 from .store import Store
 
 
@@ -142,7 +142,7 @@ class Desired:
         if isinstance(event, Applied):
             slices, services = isinstance(event.object, EndpointSlice), 1
         else:
-            slices = isinstance(event, Deleted | Replaced) and event.kind == "EndpointSlice"
+            slices = isinstance(event, Deleted | Replaced | Listed) and event.kind == "EndpointSlice"
         if slices:
             self.endpoint_changes_total += services
         else:

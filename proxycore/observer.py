@@ -16,9 +16,9 @@ from .status import Facts
 class ObserverContext(msgspec.Struct, frozen=True, kw_only=True):
     """`healthy()` tells whether the proxy itself is well, `facts()` everything about it; both from any thread.
 
-    `options` are the observer's own settings.  `registry` (a prometheus_client.CollectorRegistry, None where nothing is served) is what
-    /metrics shows: an observer may register metrics of its own.  `mode` is kube-proxy's mode whose settings hold.
-    `api_server`: how the API server is reached where objects come from it, else None.
+    `options` are the observer's own settings.  `registry` is what /metrics shows, a prometheus_client.CollectorRegistry in
+    which an observer may register metrics of its own; None where nothing is served.  `mode` is kube-proxy's mode whose
+    settings hold.  `api_server`: how the API server is reached where objects come from it, else None.
     """
 
     host: HostState

@@ -30,6 +30,16 @@ class Replaced(msgspec.Struct, frozen=True):
     objects: tuple[APIObject, ...]
 
 
+class Listed(msgspec.Struct, frozen=True):
+    """All objects of one kind that there are, by namespace and name, every one delivered: what is not named is gone.
+
+    For sources that deliver a long list in pieces.
+    """
+
+    kind: Kind
+    names: frozenset[tuple[str, str]]
+
+
 class Synced(msgspec.Struct, frozen=True):
     """Everything that was there at the start has been delivered.  Nothing is programmed before."""
 
@@ -55,7 +65,7 @@ class Health(msgspec.Struct, frozen=True):
     reason: str = ""
 
 
-Event = Applied | Deleted | Replaced | Synced | Trouble | Health
+Event = Applied | Deleted | Replaced | Listed | Synced | Trouble | Health
 
 
 class Sink(Protocol):

@@ -27,7 +27,7 @@ from .objects import (
     is_ours,
 )
 from .slices import SliceEndpoints, parse
-from .source import Applied, Deleted, Event, Replaced
+from .source import Applied, Deleted, Event, Listed, Replaced
 from .timestamps import seconds_of
 
 _NO_TIMES: Mapping[ServiceKey, float] = {}
@@ -79,6 +79,10 @@ class Store:
                 touched = self._deleted(kind, namespace, name)
             case Replaced(kind=kind, objects=items):
                 touched = self._replaced(kind, items)
+            case Listed(kind=kind, names=names):
+                touched = self._merged(
+                    [self._deleted(kind, *key) for key in self._known(kind) if key not in names]
+                )
             case _:
                 return CLEAN
         if touched != CLEAN:
@@ -204,6 +208,9 @@ class Store:
         present = {(item.metadata.namespace, item.metadata.name) for item in items}
         parts = [self._deleted(kind, *key) for key in self._known(kind) if key not in present]
         parts += [self._applied(item) for item in items]
+        return self._merged(parts)
+
+    def _merged(self, parts: list[Dirty]) -> Dirty:
         times: dict[ServiceKey, float] = {}
         for part in parts:
             for service, began in part.trigger_times.items():

@@ -1,28 +1,39 @@
 """A source that has a saved state to fall back on, and the source `saved:FILE`, which is that state alone.
 
-    source --> Fallback --> engine            everything passes, once the source has delivered its first complete lists
+    source --> Fallback --> engine      everything passes as it comes
                ^
-    saved -----+                              delivered when the source has not come so far in time
+    saved -----+                        what the source has not spoken of, when it has not come to its Synced in time
 
-The first complete lists go out in one piece, so that nothing between the saved state and the live one is ever programmed.
+A kind of object that the source has listed completely is the source's alone; of the others, each object is as the source
+said last, else as it was saved.
 """
 
 from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-
-import msgspec
 
 from ..decode import describe, key_of
 from ..errors import SourceError
 from ..hookspecs import hookimpl
 from ..logs import Log
-from ..objects import APIObject
+from ..objects import APIObject, Kind
 from ..savedstate import Saved, check_owner
-from ..source import Applied, Event, Health, Sink, Source, SourceContext, Synced, Trouble
+from ..source import (
+    Applied,
+    Deleted,
+    Event,
+    Health,
+    Listed,
+    Replaced,
+    Sink,
+    Source,
+    SourceContext,
+    Synced,
+    Trouble,
+)
 from ..statefile import read
 
 
@@ -59,7 +70,8 @@ class Fallback:
         self._lock = threading.Lock()
         self._hurry = threading.Event()
         """There is nothing to wait for: the source is live, out of reach, or over."""
-        self._held: list[Event] = []
+        self._spoken_of: dict[Kind, set[tuple[str, str]]] = {}
+        self._listed: set[Kind] = set()
         self._troubles: dict[str, Trouble] = {}
         self._fallen_back: Saved | None = None
         self._stopped = False
@@ -93,7 +105,7 @@ class Fallback:
             if self._stopped or self.live.is_set():
                 return
             self._fallen_back = saved
-            events: list[Event] = [*saved.lists, Health("stale", self._age())]
+            events: list[Event] = [*self._missing(saved), Health("stale", self._age())]
             if not saved.header.complete:
                 events.append(
                     Trouble(self._subject(), "changes that came after it was written are not in it")
@@ -121,6 +133,15 @@ class Fallback:
             return None
         return saved
 
+    def _missing(self, saved: Saved) -> Iterator[Applied]:
+        """What is saved and the source has not spoken of."""
+        for found in saved.lists:
+            if found.kind not in self._listed:
+                known = self._spoken_of.get(found.kind, set())
+                for item in found.objects:
+                    if key_of(item)[1:] not in known:
+                        yield Applied(item)
+
     def _subject(self) -> str:
         return f"saved state {self._path}"
 
@@ -139,41 +160,54 @@ class Fallback:
         with self._lock:
             now: list[Event] = []
             for place, event in enumerate(events):
-                if isinstance(event, Synced):
-                    now += self._first_lists()
-                    now += events[place:]
-                    break
-                if isinstance(event, Health):
-                    if event.state != "live":
-                        self._hurry.set()
-                    now.append(self._health(event))
-                elif isinstance(event, Trouble):
-                    self._troubles[event.subject] = event
-                else:
-                    self._held.append(event)
+                match event:
+                    case Synced():
+                        now += self._settled()
+                        now += events[place:]
+                        break
+                    case Health():
+                        if event.state != "live":
+                            self._hurry.set()
+                        now.append(self._health(event))
+                    case Trouble():
+                        self._troubles[event.subject] = event
+                    case _:
+                        self._note(event)
+                        now.append(event)
             if now:
                 sink.put(now)
+
+    def _note(self, event: Applied | Deleted | Replaced | Listed) -> None:
+        match event:
+            case Applied(item):
+                kind, *names = key_of(item)
+                self._spoken_of.setdefault(kind, set()).add((names[0], names[1]))
+            case Deleted(kind, namespace, name):
+                self._spoken_of.setdefault(kind, set()).add((namespace, name))
+            case _:
+                self._listed.add(event.kind)
 
     def _health(self, health: Health) -> Health:
         if self._fallen_back is None or health.state != "stale":
             return health
         return Health("stale", self._age(health.reason))
 
-    def _first_lists(self) -> list[Event]:
-        """All that the source has delivered so far; what it could not read is as it was last known."""
+    def _settled(self) -> list[Event]:
+        """The source has come to its Synced: what it could not read is as it was last known."""
         self.live.set()
         self._hurry.set()
-        held, self._held = self._held, []
+        self._spoken_of.clear()
+        events: list[Event] = []
+        if self._fallen_back is not None:
+            events.append(Trouble(self._subject(), ""))
         troubles = [trouble for trouble in self._troubles.values() if trouble.reason]
         self._troubles.clear()
-        if self._fallen_back is not None:
-            held.append(Trouble(self._subject(), ""))
         known = self._last_known() if troubles else {}
-        for subject, reason, _ in map(msgspec.structs.astuple, troubles):
-            if subject in known:
-                held.append(Applied(known[subject]))
-            held.append(Trouble(subject, reason, harmless=True))
-        return held
+        for trouble in troubles:
+            if trouble.subject in known:
+                events.append(Applied(known[trouble.subject]))
+            events.append(Trouble(trouble.subject, trouble.reason, harmless=True))
+        return events
 
     def _last_known(self) -> dict[str, APIObject]:
         saved = self._fallen_back or self._read()

@@ -20,7 +20,19 @@ from ..decode import NAMESPACED, decode_bytes, encode
 from ..errors import DecodeError, ProxyError, SourceError
 from ..hookspecs import hookimpl
 from ..objects import API_VERSIONS, Kind
-from ..source import Applied, Deleted, Event, Health, Replaced, Sink, Source, SourceContext, Synced, Trouble
+from ..source import (
+    Applied,
+    Deleted,
+    Event,
+    Health,
+    Listed,
+    Replaced,
+    Sink,
+    Source,
+    SourceContext,
+    Synced,
+    Trouble,
+)
 from .manifests import printable
 
 VERSION = 1
@@ -55,6 +67,11 @@ class _Replaced(_Line, frozen=True, tag="replaced"):
     objects: list[msgspec.Raw]
 
 
+class _Listed(_Line, frozen=True, tag="listed"):
+    kind: Kind
+    names: list[tuple[str, str]]
+
+
 class _Synced(_Line, frozen=True, tag="synced"):
     pass
 
@@ -71,7 +88,7 @@ class _Health(_Line, frozen=True, tag="health"):
 
 _ENCODER = msgspec.json.Encoder()
 _HEADER = msgspec.json.Decoder(Header)
-_LINE = msgspec.json.Decoder(_Applied | _Deleted | _Replaced | _Synced | _Trouble | _Health)
+_LINE = msgspec.json.Decoder(_Applied | _Deleted | _Replaced | _Listed | _Synced | _Trouble | _Health)
 
 
 class Timed(NamedTuple):
@@ -105,6 +122,8 @@ def _line(t: float, event: Event) -> _Line:
             )
         case Replaced(kind, items):
             return _Replaced(t, kind, [msgspec.Raw(encode(item)) for item in items])
+        case Listed(kind, names):
+            return _Listed(t, kind, sorted(names))
         case Synced():
             return _Synced(t)
         case Trouble(subject, reason):
@@ -151,6 +170,8 @@ def _event(line: _Line) -> Event:
             return Deleted(reference.kind, namespace, reference.metadata.name)
         case _Replaced(kind=kind, objects=objects):
             return Replaced(kind, tuple(decode_bytes(kind, raw) for raw in objects))
+        case _Listed(kind=kind, names=names):
+            return Listed(kind, frozenset(names))
         case _Trouble(subject=subject, reason=reason):
             return Trouble(subject, reason)
         case _Health(state=state, reason=reason):

@@ -20,7 +20,7 @@ from ..objects import (
     SliceEndpoint,
     SlicePort,
 )
-from ..source import Applied, Deleted, Event, Replaced
+from ..source import Applied, Deleted, Event, Listed, Replaced
 from .build import NODE, endpoint, endpoint_slice, host, service
 
 _NAMES = st.sampled_from(("a", "b", "c"))
@@ -158,4 +158,9 @@ def events() -> st.SearchStrategy[Event]:
         st.builds(Deleted, st.just("EndpointSlice"), _NAMESPACES, st.sampled_from(("s1", "s2", "s3"))),
         st.builds(Replaced, st.just("Service"), st.lists(services(), max_size=3).map(_unique)),
         st.builds(Replaced, st.just("EndpointSlice"), st.lists(endpoint_slices(), max_size=3).map(_unique)),
+        st.builds(
+            Listed,
+            st.sampled_from(("Service", "EndpointSlice")),
+            st.frozensets(st.tuples(_NAMESPACES, st.sampled_from(("a", "b", "c", "s1", "s2", "s3")))),
+        ),
     )

@@ -11,7 +11,7 @@ from proxycore.desired import Desired
 from proxycore.model import PoolName
 from proxycore.objects import LABEL_SERVICE_NAME, is_ours, kind_of
 from proxycore.resolve import resolve
-from proxycore.source import Applied, Deleted, Replaced
+from proxycore.source import Applied, Deleted, Listed, Replaced
 from proxycore.testing import strategies
 from proxycore.testing.build import NODE, host
 
@@ -35,6 +35,10 @@ class World:
                 self.objects = {key: item for key, item in self.objects.items() if key[0] != kind}
                 for item in items:
                     self.apply(Applied(item))
+            case Listed(kind=kind, names=names):
+                self.objects = {
+                    key: item for key, item in self.objects.items() if key[0] != kind or key[1:] in names
+                }
 
 
 def from_scratch(objects, facts):

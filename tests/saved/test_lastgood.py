@@ -11,10 +11,19 @@ from proxycore import logs, statefile
 from proxycore.errors import SourceError
 from proxycore.savedstate import dump
 from proxycore.saver import Saver
-from proxycore.source import Applied, Deleted, Health, Replaced, SourceContext, Synced, Trouble
+from proxycore.source import (
+    Applied,
+    Deleted,
+    Health,
+    Listed,
+    Replaced,
+    SourceContext,
+    Synced,
+    Trouble,
+)
 from proxycore.sources.lastgood import Fallback, plugin
 from proxycore.store import Store
-from proxycore.testing.build import NODE, service
+from proxycore.testing.build import NODE, endpoint_slice, service
 
 SECONDS = 20.0
 ORIGIN = "https://10.0.0.1:6443"
@@ -146,19 +155,35 @@ def test_a_source_that_comes_in_time_is_all_there_is(rig):
     assert not any(isinstance(event, Health) and event.state == "stale" for event in rig.sink.events)
 
 
-def test_the_live_lists_replace_the_saved_state_in_one_piece(rig):
+def test_the_live_lists_take_the_place_of_the_saved_state(rig):
     rig.save(service("web"), service("gone", cluster_ip="172.30.0.2"))
     rig.start()
     rig.sink.wait_for(synced)
-    before = len(rig.sink.deliveries)
-    rig.source.put(Replaced("Service", (service("web"), service("new", cluster_ip="172.30.0.3"))))
-    rig.source.put(Replaced("EndpointSlice", ()))
-    assert len(rig.sink.deliveries) == before
-    rig.source.put(Synced(), Health("live"))
-    assert len(rig.sink.deliveries) == before + 1
+    rig.source.put(Applied(service("web", cluster_ip="172.30.0.9")))
+    assert rig.sink.names == ["gone", "web"]
+    rig.source.put(Applied(service("new", cluster_ip="172.30.0.3")))
+    rig.source.put(Listed("Service", frozenset({("default", "web"), ("default", "new")})))
     assert rig.sink.names == ["new", "web"]
+    rig.source.put(Replaced("EndpointSlice", ()), Synced(), Health("live"))
     rig.source.put(Deleted("Service", "default", "web"))
     assert rig.sink.names == ["new"]
+
+
+def test_what_the_source_has_spoken_of_is_not_taken_back(rig):
+    rig.save(
+        service("web"),
+        service("db", cluster_ip="172.30.0.2"),
+        service("gone", cluster_ip="172.30.0.4"),
+        endpoint_slice("10.0.0.1"),
+    )
+    rig.start(wait_seconds=NEVER)
+    newer = service("web", cluster_ip="172.30.0.9")
+    rig.source.put(Applied(newer), Deleted("Service", "default", "gone"), Replaced("EndpointSlice", ()))
+    rig.source.put(Health("stale", "the connection broke"))
+    rig.sink.wait_for(synced)
+    assert rig.sink.names == ["db", "web"]
+    assert rig.sink.store.services["default", "web"] == newer
+    assert rig.sink.store.slices(("default", "web")) == ()
 
 
 def test_of_an_object_that_cannot_be_read_the_last_known_one_is_served(rig):
