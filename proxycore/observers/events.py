@@ -71,8 +71,10 @@ class Judge:
         self._limiter = limiter
         self._clock = clock
         self._told: dict[Service, tuple[str, float]] = {}
-        self._summary: float | None = None
-        """When there was last a summary that is not over."""
+        self._summary = float("-inf")
+        """When there was last a summary."""
+        self._open = False
+        """It is not over."""
         self._covered: set[Service] = set()
         """Services that only a summary speaks of."""
 
@@ -96,14 +98,14 @@ class Judge:
                 notes.append(Note(service, "NotProgrammed", why, warning=True))
             elif before is None:
                 left.append(service)
-        if left and (self._summary is None or now - self._summary >= AGAIN_SECONDS):
-            self._summary = now
+        if left and now - self._summary >= AGAIN_SECONDS:
+            self._summary, self._open = now, True
             self._covered.update(left)
             some = ", ".join("/".join(service) for service in left[:_NAMED])
             text = f"{len(refused)} Services are not programmed on this node, {some} among them: {refused[left[0]]}"
             notes.append(Note(None, "NotProgrammed", text, warning=True))
-        elif self._summary is not None and not refused:
-            self._summary = None
+        elif self._open and not refused:
+            self._open = False
             notes.append(Note(None, "Programmed", "All Services are programmed on this node again"))
         return notes
 
@@ -166,8 +168,9 @@ class EventsObserver:
             if self._worker is None:
                 return
             self._gone |= gone
-            if self._look_at is None:
-                self._look_at = time.monotonic() + GATHER_SECONDS
+            soon = time.monotonic() + GATHER_SECONDS
+            if self._look_at is None or self._look_at > soon:
+                self._look_at = soon
                 self._changed.notify_all()
 
     # -- the worker --
