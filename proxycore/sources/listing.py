@@ -6,6 +6,7 @@ Pure: bytes go in, objects come out.  One object that cannot be decoded is set a
 from __future__ import annotations
 
 import gc
+import math
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -160,7 +161,7 @@ def collector_paused() -> Iterator[None]:
 class ListReader:
     """Reads one list, or one page of it: `feed()` its body in pieces of any size, then `finish()`.
 
-    `objects` and `misfits` grow meanwhile; nothing is complete before `finish()` has returned.
+    `take()` gives what has been decoded so far; nothing is complete before `finish()` has returned.  `misfits` grow.
     """
 
     def __init__(self, kind: Kind) -> None:
@@ -169,7 +170,7 @@ class ListReader:
         self._kind = kind
         self._head: bytes | None = None
         self._rest = bytearray()
-        self._want = PORTION_BYTES
+        self._want: float = PORTION_BYTES
 
     def feed(self, data: bytes) -> None:
         """Take the next piece of the body."""
@@ -181,6 +182,8 @@ class ListReader:
                 return  # no items, or written in another way: then it is decoded as a whole
             self._head = bytes(rest[: at + len(_ITEMS)])
             del rest[: at + len(_ITEMS)]
+            if not self._is_ours(self._head):
+                self._want = math.inf  # finish() says what is wrong with it
         if len(rest) < self._want:
             return
         at = rest.rfind(_SEAM)
@@ -194,6 +197,18 @@ class ListReader:
         else:
             del rest[: at + 2]
             self._want = PORTION_BYTES
+
+    def take(self) -> list[APIObject]:
+        """What has been decoded since the last call."""
+        objects, self.objects = self.objects, []
+        return objects
+
+    def _is_ours(self, head: bytes) -> bool:
+        try:
+            found = _RAW_LIST.decode(head + b"]}")
+        except _MALFORMED:
+            return False
+        return found.kind == f"{self._kind}List" and bool(found.metadata.resource_version)
 
     def finish(self) -> tuple[str, str]:
         """The list's version, and the token of its next page, empty if this was the last.

@@ -1,8 +1,8 @@
 """One resource, listed and then watched for ever, on a thread of its own.
 
-    list --complete--> Replaced --> watch --events--> Applied, Deleted
-     ^                                |  ended, cut: again from the last version, at once
-     +--------- too old (410) --------+  refused, unreachable: again after a pause
+    list --portions--> Applied --complete--> Listed --> watch --events--> Applied, Deleted
+     ^                                                    |  ended, cut: again from the last version, at once
+     +------------------- too old (410) ------------------+  refused, unreachable: again after a pause
 
 What was delivered is forgotten but for the names, which tell what a later list has lost.
 """
@@ -22,7 +22,7 @@ from ..apiclient import CONNECT_SECONDS, APIClient, allow_silence, chunks, disca
 from ..errors import SourceError
 from ..logs import Log
 from ..objects import APIObject
-from ..source import Applied, Deleted, Event, Replaced, Trouble
+from ..source import Applied, Deleted, Event, Listed, Trouble
 from .listing import ListReader, Misfit, Names, NotUnderstood, Skipped, WatchReader
 from .watchhealth import Board, Resource
 
@@ -84,8 +84,8 @@ class Reflector:
         """From which the next watch goes on; empty: a list comes first."""
         self._exact = False
         """The next list is to be the newest, rather than what the server has at hand."""
-        self._known: set[Names] | None = None
-        """Objects that were delivered and are not deleted; None before the first list."""
+        self._known: set[Names] = set()
+        """Objects that were delivered and are not deleted."""
         self._bad: dict[Names, Trouble] = {}
         self._nameless = 0
         self._failures = 0
@@ -113,13 +113,13 @@ class Reflector:
     # -- lists --
 
     def _list(self) -> None:
-        """Deliver everything.  Raises SourceError: nothing was delivered."""
+        """Deliver everything.  Raises SourceError: what was delivered so far is true, and not all."""
         try:
-            objects, misfits, version = self._pages("" if self._exact else "0")
+            present, misfits, version = self._pages("" if self._exact else "0")
         except _Refused as error:
             if error.code == 410 and not self._exact:
                 self._exact = True
-                objects, misfits, version = self._pages("")
+                present, misfits, version = self._pages("")
             else:
                 # A server that is behind, or an old one, cannot answer for the version that was asked for.
                 self._exact = not self._exact if error.code in (400, 410, 500, 504) else self._exact
@@ -127,57 +127,57 @@ class Reflector:
         if self._stopping.is_set():
             raise SourceError("is ending")
         self.lists_total += 1
-        self._log.debug("listed", objects=len(objects), unread=len(misfits), version=version)
-        self._deliver_list(objects, misfits)
-        del objects
+        self._log.debug("listed", objects=len(present), unread=len(misfits), version=version)
+        self._finish_list(present, misfits)
         self._board.complete(self._resource.kind)
         self._version = version
         self._exact = False
 
-    def _pages(self, version: str) -> tuple[list[APIObject], list[Misfit], str]:
-        """All pages of one list, or the whole if the server knows no pages."""
+    def _pages(self, version: str) -> tuple[set[Names], list[Misfit], str]:
+        """Deliver all pages of one list, or the whole if the server knows no pages; what there is, and the version."""
         query = [("limit", str(LIMIT)), *self._selectors()]
         follow = [("resourceVersion", version)] if version else []
-        objects: list[APIObject] = []
+        present: set[Names] = set()
         misfits: list[Misfit] = []
         while True:
             # Pages after the first are the same request: the limit is there to keep us from asking again and again.
             response = self._get(
-                [*query, *follow], (CONNECT_SECONDS, LIST_SILENCE_SECONDS), limited=not objects
+                [*query, *follow], (CONNECT_SECONDS, LIST_SILENCE_SECONDS), limited=not present
             )
             reader = ListReader(self._resource.kind)
             try:
                 for data in chunks(response, _READ_BYTES):
                     reader.feed(data)
+                    self._deliver_portion(reader.take(), present)
             except BaseException:
                 discard(response)
                 raise
             listed, token = reader.finish()
             self._board.heard(self._resource.kind)
-            objects += reader.objects
+            self._deliver_portion(reader.take(), present)
             misfits += reader.misfits
             if not token:
-                return objects, misfits, listed
+                return present, misfits, listed
             follow = [("continue", token)]
 
-    def _deliver_list(self, objects: list[APIObject], misfits: list[Misfit]) -> None:
-        present = {(item.metadata.namespace, item.metadata.name) for item in objects}
-        troubles = self._judge(present, misfits)
-        before = self._known
-        kept = {misfit.names for misfit in misfits}
-        if before is None or not misfits:
-            self._known = present
-            self._put([*troubles, Replaced(self._resource.kind, tuple(objects))])
+    def _deliver_portion(self, objects: list[APIObject], present: set[Names]) -> None:
+        """What has arrived of a list: not kept until the end, which would be all of the cluster at once."""
+        if not objects or self._stopping.is_set():
             return
-        # What cannot be read now is there, and its last good state stays: only what is surely gone goes.
-        gone = (
-            set()
-            if None in kept
-            else {names for names in before if names not in present and names not in kept}
-        )
-        self._known = (before - gone) | present
-        deleted = [Deleted(self._resource.kind, *names) for names in sorted(gone)]
-        self._put([*troubles, *deleted, *map(Applied, objects)])
+        names = [(item.metadata.namespace, item.metadata.name) for item in objects]
+        present.update(names)
+        self._known.update(names)
+        self._put([Applied(item) for item in objects])
+
+    def _finish_list(self, present: set[Names], misfits: list[Misfit]) -> None:
+        events = self._judge(present, misfits)
+        unread = {misfit.names for misfit in misfits}
+        if None not in unread:
+            # What cannot be read now is there, and its last good state stays.
+            names = present | {names for names in unread if names is not None}
+            self._known &= names
+            events.append(Listed(self._resource.kind, frozenset(names)))
+        self._put(events)
 
     def _judge(self, present: set[Names], misfits: list[Misfit]) -> list[Event]:
         """Troubles that a list begins and ends."""
@@ -260,7 +260,6 @@ class Reflector:
     def _deliver_changes(self, seen: list[Applied | Deleted | Misfit | Skipped]) -> None:
         events: list[Event] = []
         known, bad = self._known, self._bad
-        assert known is not None
         for item in seen:
             match item:
                 case Applied(found):
@@ -271,11 +270,12 @@ class Reflector:
                     events.append(item)
                 case Deleted(_, namespace, name):
                     names = (namespace, name)
-                    if names in bad:
-                        events.append(self._mended(names))
-                    if names in known:
+                    # Of one that we could never read, others may still know what it said once.
+                    if names in known or names in bad:
                         known.discard(names)
                         events.append(item)
+                    if names in bad:
+                        events.append(self._mended(names))
                 case Misfit():
                     if item.names is None:
                         self._skip(f"an object without a name: {item.reason}")

@@ -8,7 +8,7 @@ import time
 import pytest
 
 from proxycore.decode import key_of
-from proxycore.source import Applied, Deleted, Health, Replaced, Synced, Trouble
+from proxycore.source import Applied, Deleted, Health, Listed, Replaced, Synced, Trouble
 from proxycore.sources.files import FileSource
 
 PATIENCE_SECONDS = 20.0
@@ -43,6 +43,10 @@ class Collected:
             case Replaced(kind, items):
                 self.objects = {key: item for key, item in self.objects.items() if key[0] != kind}
                 self.objects |= {key_of(item): item for item in items}
+            case Listed(kind, names):
+                self.objects = {
+                    key: item for key, item in self.objects.items() if key[0] != kind or key[1:] in names
+                }
             case Trouble(subject, ""):
                 del self.troubles[subject]
             case Trouble(subject, reason):
