@@ -111,8 +111,10 @@ class Engine:
         self._drifts_in_a_row = 0
         self._pending_since: float | None = None
         self._troubles: dict[str, str] = {}
-        self._missing: set[str] = set()
+        self._lacking: set[str] = set()
         """Subjects of troubles because of which something is not known."""
+        self._missing: set[str] = set()
+        """Those that a start waits for, where an earlier run has left rules."""
         self._adopted = False
         self._held = ""
         self._named_problems: dict[str, tuple[str, ...]] = {}
@@ -300,12 +302,15 @@ class Engine:
     def _take_trouble(self, trouble: Trouble) -> None:
         subject, reason = trouble.subject, trouble.reason
         self._missing.discard(subject)
+        self._lacking.discard(subject)
         if not reason:
             if self._troubles.pop(subject, None) is not None:
                 self._log.info("mended", subject=subject)
             return
         if not trouble.harmless:
-            self._missing.add(subject)
+            self._lacking.add(subject)
+            if not trouble.tolerable:
+                self._missing.add(subject)
         if self._troubles.get(subject) != reason:
             self._troubles[subject] = reason
             self._log.warning("not read, the last good state stays", subject=subject, reason=reason)
@@ -508,7 +513,9 @@ class Engine:
             self._first_in_force()
 
     def _first_in_force(self) -> None:
-        """What was programmed is verified, or never will be: whatever waited for it may begin."""
+        """What was programmed is verified, or never will be: once that is all of it, whatever waited for it may begin."""
+        if self._pending_since is not None:
+            return
         tell, self._tell_in_force = self._tell_in_force, None
         if tell is not None:
             tell()
@@ -558,6 +565,7 @@ class Engine:
             pending_since=self._pending_since,
             held=self._held,
             troubles=self._troubles,
+            lacking=self._lacking,
         )
         if status != self.status:
             self.status = status

@@ -47,6 +47,7 @@ CHECKS: Mapping[str, frozenset[Endpoint]] = {
     "drift": _NOTHING,
     "observers": _NOTHING,
     "saved-state": _NOTHING,
+    "takeover": _NOTHING,
     "configuration": _NOTHING,
     "servers": _NOTHING,
 }
@@ -114,6 +115,7 @@ def judge(facts: Facts) -> Verdict:
             _drift(facts.status),
             _observers(facts),
             _saved_state(facts),
+            _takeover(facts),
             _configuration(facts),
             _servers(facts),
         )
@@ -272,6 +274,12 @@ def _saved_state(facts: Facts) -> Check:
         detail = cut(f"{saved.path} cannot be written ({written}): {saved.problem}")
         return Check(name="saved-state", healthy=False, detail=detail)
     return Check(name="saved-state", healthy=True, detail=written)
+
+
+def _takeover(facts: Facts) -> Check:
+    if facts.takeover:
+        return Check(name="takeover", healthy=False, detail=cut(facts.takeover))
+    return Check(name="takeover", healthy=True, detail="nothing of another proxy is known to be left")
 
 
 def _configuration(facts: Facts) -> Check:

@@ -37,11 +37,11 @@ from .reload import Reloader
 from .saver import Saver
 from .servers import Servers
 from .signals import stopping
-from .source import APIServer, Source, SourceContext
+from .source import APIServer, Heard, Source, SourceContext
 from .sources.lastgood import Fallback
 from .statefile import DEFAULT_PATH
 from .status import Facts
-from .takeover import Takeover
+from .takeover import Takeover, reason_to_wait
 
 BUILT_IN_OBSERVERS = ("conntrack", "events", "health-check-ports", "metrics")
 API_SOURCE = "kubernetes"
@@ -104,9 +104,11 @@ class _Proxy:
             node_name=options.node_name,
             exclude_cidrs=options.config.values.get("ipvs.excludeCIDRs", ()),  # type: ignore[arg-type]
             log=get("takeover"),
+            hold=lambda: reason_to_wait(self._engine.status),
         )
         self._takeover.refuse_if_needed()
         probe(cell, self._context, self._log)
+        self._source = source
         self._fallback, self._saver_path = self._with_fallback(source)
         self._registry = Registry()
         self._engine = Engine(
@@ -209,6 +211,8 @@ class _Proxy:
             sync_period_seconds=config.sync_period_seconds,
             stale_after_seconds=config.stale_after_seconds,
             source_name=self._options.source,
+            heard=self._source.heard() if isinstance(self._source, Heard) else {},
+            takeover=self._takeover.problem or "",
         )
 
     def healthy(self) -> bool:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Literal, Protocol
+from collections.abc import Mapping
+from typing import Literal, Protocol, runtime_checkable
 
 import msgspec
 
@@ -48,11 +49,13 @@ class Trouble(msgspec.Struct, frozen=True):
     """Something could not be read; what it last said stays in force.  `subject` names file and line, or the object.
 
     An empty `reason` says that the trouble with this subject is over.  `harmless`: nothing is missing because of it.
+    `tolerable`: something is, but a start need not wait for it, although rules of an earlier run may still have it.
     """
 
     subject: str
     reason: str
     harmless: bool = False
+    tolerable: bool = False
 
 
 class Health(msgspec.Struct, frozen=True):
@@ -113,3 +116,11 @@ class Source(Protocol):
 
     def stop(self) -> None:
         """End run() within a second.  From any thread, also before run() and twice."""
+
+
+@runtime_checkable
+class Heard(Protocol):
+    """What a source may have beside: when it last heard of each of the things that it follows."""
+
+    def heard(self) -> Mapping[str, float]:
+        """Seconds since the epoch, by a short name (`services`); from any thread."""

@@ -24,7 +24,8 @@ class NodeStatus(msgspec.Struct, frozen=True, kw_only=True):
 class Status(msgspec.Struct, frozen=True, kw_only=True):
     """Times are seconds since the epoch, but for `pending_since`: monotonic seconds of the oldest change not in force.
 
-    `quarantined`: Services that were set aside, with the reason.  `troubles`: what a source could not read, with the reason.
+    `quarantined`: Services that were set aside, with the reason.  `troubles`: what a source could not read, with the reason;
+    `lacking`: those of them because of which something is not served as it should be.
     `source_since`: since when `source` has been so.  `last_queued`: when something last had to be programmed.
     `endpoint_changes_total`, `service_changes_total`: EndpointSlices and Services that changed; `..._pending` of them are not
     in force.  `drift_total`: how often the kernel was found to differ; `drift_unrepaired`: it has not been put right yet.
@@ -47,6 +48,7 @@ class Status(msgspec.Struct, frozen=True, kw_only=True):
     quarantined: Mapping[ServicePortName, str] = {}
     unsupported: Mapping[ServicePortName, str] = {}
     troubles: Mapping[str, str] = {}
+    lacking: frozenset[str] = frozenset()
     source: Health = Health("live")
     source_since: float = 0.0
     node: NodeStatus = NodeStatus()
@@ -107,7 +109,8 @@ class Facts(msgspec.Struct, frozen=True, kw_only=True):
     `now`: seconds since the epoch; `monotonic`: of the clock of `Status.pending_since`.  `engine_silent_seconds`: since the
     engine's loop last turned; it turns every few seconds even when idle.  `backend_overdue`: the backend's call that is
     past its deadline, empty if none is.  `stale_after_seconds`: so long a source may be stale.
-    `source_name`: what the source is to people (`kubernetes`, `file:manifests`).
+    `source_name`: what the source is to people (`kubernetes`, `file:manifests`); `heard`: when it last heard of each thing
+    that it follows.  `takeover`: why the node is not ours alone, empty if it is or is not meant to be.
     """
 
     now: float
@@ -125,3 +128,5 @@ class Facts(msgspec.Struct, frozen=True, kw_only=True):
     sync_period_seconds: float = 30.0
     stale_after_seconds: float = 60.0
     source_name: str = ""
+    heard: Mapping[str, float] = {}
+    takeover: str = ""

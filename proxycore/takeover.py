@@ -310,9 +310,9 @@ def reason_to_wait(status: Status) -> str | None:
     if status.quarantined:
         name, why = next(iter(status.quarantined.items()))
         return f"{len(status.quarantined)} Services are set aside, such as {name}: {why}"
-    if status.troubles:
-        what, why = next(iter(status.troubles.items()))
-        return f"{len(status.troubles)} objects or files cannot be read, such as {what}: {why}"
+    if status.lacking:
+        what = min(status.lacking)
+        return f"{len(status.lacking)} objects or files cannot be read, such as {what}: {status.troubles.get(what, '')}"
     return None
 
 

@@ -5,7 +5,7 @@ The clock is the caller's: `now` is in seconds since the epoch.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from math import inf
 
 from .delta import Ledger
@@ -76,6 +76,7 @@ class Tally:
         pending_since: float | None,
         held: str,
         troubles: Mapping[str, str],
+        lacking: Collection[str],
     ) -> Status:
         """What others are told.  `idle`: nothing is under way and nothing waits."""
         changes = _changes(desired)
@@ -100,6 +101,7 @@ class Tally:
             quarantined=quarantined,
             unsupported=unsupported,
             troubles=dict(troubles) if troubles else {},
+            lacking=frozenset(lacking),
             source=self.source,
             source_since=self._source_since,
             node=self._node,

@@ -135,6 +135,8 @@ PUBLISHED = (
     _ours("source_synced", "gauge", "1 once the source has delivered everything"),
     _ours("source_state", "gauge", "1 for the state that the source is in", ("state",)),
     _ours("source_stale_seconds", "gauge", "How long the source has been stale, 0 if it is not"),
+    _ours("watch_age_seconds", "gauge", "Since something was last heard of this resource", ("resource",)),
+    _ours("takeover_incomplete", "gauge", "1 while another proxy's rules are here that were to go"),
     _ours("node_eligible", "gauge", "1 while this node may get traffic from load balancers"),
     _ours("engine_silent_seconds", "gauge", "Since the engine's loop last turned"),
     _ours("backend_overdue", "gauge", "1 while a call of the backend is past its deadline"),

@@ -36,6 +36,8 @@ def of_facts(facts: Facts, families: Sequence[Family]) -> Values:
         "proxycore_source_synced": one(status.synced),
         "proxycore_source_state": {(state,): state == status.source.state for state in STATES},
         "proxycore_source_stale_seconds": one(stale),
+        "proxycore_watch_age_seconds": {(r,): max(0.0, facts.now - at) for r, at in facts.heard.items()},
+        "proxycore_takeover_incomplete": one(bool(facts.takeover)),
         "proxycore_node_eligible": one(status.node.eligible),
         "proxycore_engine_silent_seconds": one(facts.engine_silent_seconds),
         "proxycore_backend_overdue": one(bool(facts.backend_overdue)),

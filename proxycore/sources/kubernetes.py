@@ -16,6 +16,7 @@ from __future__ import annotations
 import platform
 import threading
 import time
+from collections.abc import Mapping
 
 import msgspec
 
@@ -72,6 +73,11 @@ class KubernetesSource:
         self._client = client
         self._node_name = node_name
         self._stopping = threading.Event()
+        self._board: Board | None = None
+
+    def heard(self) -> Mapping[str, float]:
+        """See `Heard`."""
+        return self._board.heard_at() if self._board else {}
 
     def stop(self) -> None:
         """End run(); see `Source.stop`."""
@@ -83,7 +89,7 @@ class KubernetesSource:
         outlet = _Outlet(sink, self)
         log = get("kubernetes")
         followed = resources(self._node_name)
-        board = Board(followed, self.origin, outlet.put)
+        board = self._board = Board(followed, self.origin, outlet.put)
         threads = [
             threading.Thread(
                 target=Reflector(resource, self._client, board, outlet.put, self._stopping, log).run,

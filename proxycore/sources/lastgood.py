@@ -206,7 +206,8 @@ class Fallback:
         for trouble in troubles:
             if trouble.subject in known:
                 events.append(Applied(known[trouble.subject]))
-            events.append(Trouble(trouble.subject, trouble.reason, harmless=True))
+            harmless = trouble.harmless or trouble.subject in known
+            events.append(Trouble(trouble.subject, trouble.reason, harmless=harmless, tolerable=True))
         return events
 
     def _last_known(self) -> dict[str, APIObject]:

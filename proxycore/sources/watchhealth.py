@@ -69,6 +69,14 @@ class Board:
         """Something came from the server.  Called for every piece of a watch: cheap."""
         self._states[kind].heard_at = self._wall()
 
+    def heard_at(self) -> dict[str, float]:
+        """When something last came from the server, in seconds since the epoch, by the plural."""
+        return {
+            self._resources[kind].plural: state.heard_at
+            for kind, state in self._states.items()
+            if state.heard_at is not None
+        }
+
     def complete(self, kind: Kind) -> None:
         """A list was delivered."""
         with self._lock:

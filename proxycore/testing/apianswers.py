@@ -207,7 +207,7 @@ class Connection:
     def _watch(
         self, body: Body, resource: Resource, select: Selector, request: Request, fault: Fault
     ) -> None:
-        self._head(200, "Connection: close" if fault.close else "Transfer-Encoding: chunked")
+        head = "Connection: close" if fault.close else "Transfer-Encoding: chunked"
         wanted = request.query.get("resourceVersion", "")
         deadline = time.monotonic() + float(request.query.get("timeoutSeconds") or 1800)
         store = self._server.store
@@ -223,10 +223,13 @@ class Connection:
                         version, events = store.since(resource, select, int(wanted))
                     watch.version = int(wanted or "0") or version
             except Gone:
+                self._head(200, head)
                 gone = msgspec.json.encode(status_value(410, f"too old resource version: {wanted}"))
                 body.chunk(b'{"type":"ERROR","object":' + gone + b"}\n")
                 body.chunk(b"")
                 return
+            # Not sooner: who sees the head may count on the watch's having begun.
+            self._head(200, head)
             body.send(b"")
             while True:
                 for kind, value in events:

@@ -17,6 +17,7 @@ from proxycore.api import ApplyResult, Failure, KernelError
 from proxycore.cli import main
 from proxycore.nodefacts import NodeFacts
 from proxycore.observers.conntrack import ConntrackObserver
+from proxycore.sources import reflector
 from proxycore_nft.backend import NftBackend
 from proxycore_nft.kernel import NetlinkKernel
 
@@ -81,6 +82,7 @@ def choosy(self, batch) -> ApplyResult:
 
 NftBackend.proxycore_backend_apply = choosy
 health.ENGINE_DEADLINE_SECONDS = 8.0
+reflector.LIST_SILENCE_SECONDS = 2.0
 dispatch.DEADLINES = {**dispatch.DEADLINES, "apply": 1.0}
 dispatch.OBSERVER_DEADLINE = 1.0
 dispatch.ObserverRunner.__init__.__kwdefaults__["deadline"] = 1.0

@@ -98,6 +98,7 @@ def facts(**status) -> Facts:
         saved=SavedStatus(path="/var/lib/proxycore/state", saved_at=NOW - 7),
         config=ConfigStatus(loaded_at=NOW - 100),
         servers=(ServerStatus(address="127.0.0.1:10249"),),
+        heard={"services": NOW - 3},
     )
 
 
@@ -374,6 +375,8 @@ def test_values_of_facts(page: Page):
         saved=SavedStatus(path="p", saved_at=NOW - 7, problem="full"),
         config=ConfigStatus(loaded_at=5.0, problem="no", refused_total=6, needs_restart=("mode",)),
         servers=(ServerStatus(address="a", problem="taken"), ServerStatus(address="b")),
+        heard={"services": NOW - 3},
+        takeover="kube-proxy is running",
     )
     series = {
         (s.name, *sorted(s.labels.values())): s.value for f in page.parsed().values() for s in f.samples
@@ -393,6 +396,8 @@ def test_values_of_facts(page: Page):
         ("proxycore_source_state", "stale"): 1,
         ("proxycore_source_state", "live"): 0,
         ("proxycore_source_stale_seconds",): 75,
+        ("proxycore_watch_age_seconds", "services"): 3,
+        ("proxycore_takeover_incomplete",): 1,
         ("proxycore_node_eligible",): 0,
         ("proxycore_health", "livez"): 0,
         ("proxycore_backend_overdue",): 1,
@@ -422,6 +427,7 @@ def test_what_is_not_known_has_no_sample(page: Page):
     assert absent == {
         "kubeproxy_sync_proxy_rules_last_timestamp_seconds",
         "kubeproxy_sync_proxy_rules_last_queued_timestamp_seconds",
+        "proxycore_watch_age_seconds",
         "proxycore_observer_failures_total",
         "proxycore_observer_dropped_events_total",
         "proxycore_observer_overdue_calls_total",

@@ -196,7 +196,8 @@ def test_of_an_object_that_cannot_be_read_the_last_known_one_is_served(rig):
     )
     rig.sink.wait_for(synced)
     assert rig.sink.names == ["db", "web"]
-    assert Trouble("Service default/db", "spec.ports[0].port: expected int", harmless=True) in rig.sink.events
+    told = Trouble("Service default/db", "spec.ports[0].port: expected int", harmless=True, tolerable=True)
+    assert told in rig.sink.events
 
 
 def test_of_an_object_that_was_never_good_nothing_is(rig):
@@ -210,7 +211,7 @@ def test_of_an_object_that_was_never_good_nothing_is(rig):
     rig.sink.wait_for(synced)
     assert rig.sink.names == ["web"]
     troubles = [event for event in rig.sink.events if isinstance(event, Trouble)]
-    assert troubles == [Trouble("Service default/db", "no", harmless=True)]
+    assert troubles == [Trouble("Service default/db", "no", tolerable=True)]
 
 
 def test_an_incomplete_state_is_told_until_the_source_is_live(rig):

@@ -117,6 +117,7 @@ RULES = {
     "observer hangs": (facts(observers=(ObserverStatus(name="x", overdue="applied of x hangs"),)), set()),
     "observer left out": (facts(left_out=("plugin 'x': no",)), set()),
     "disk full": (facts(saved=SavedStatus(path="/var/lib/x", problem="no space left on device")), set()),
+    "takeover": (facts(takeover="kube-proxy is running"), set()),
     "configuration refused": (facts(config=ConfigStatus(loaded_at=NOW, problem="mode: no")), set()),
     "configuration waits": (facts(config=ConfigStatus(loaded_at=NOW, needs_restart=("mode",))), set()),
     "port taken": (facts(servers=(ServerStatus(address="0.0.0.0:10256", problem="in use"),)), set()),
@@ -138,6 +139,7 @@ INFORMATION = {
     "observer hangs": "observers",
     "observer left out": "observers",
     "disk full": "saved-state",
+    "takeover": "takeover",
     "configuration refused": "configuration",
     "configuration waits": "configuration",
     "port taken": "servers",
@@ -365,7 +367,7 @@ def test_verbose() -> None:
         "[i]node ok\n[i]quarantined ok\n"
         "[i]unsupported failed: 1 Service port not supported by the backend\n"
         "    shop/web-01:http TCP IPv4: SCTP\n"
-        "[i]objects ok\n[i]drift ok\n[i]observers ok\n[i]saved-state ok\n[i]configuration ok\n[i]servers ok\n"
+        "[i]objects ok\n[i]drift ok\n[i]observers ok\n[i]saved-state ok\n[i]takeover ok\n[i]configuration ok\n[i]servers ok\n"
         "readyz check failed\n"
     )
     passed = healthbody.verbose_body("livez", given, judge(given), {}, in_full=False).decode()
