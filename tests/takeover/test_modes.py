@@ -279,7 +279,11 @@ def test_on_an_empty_node_waiting_is_not_worth_a_word(namespace, said, monkeypat
         (Status(service_changes_total=1, held="a file cannot be read"), "a file"),
         (Status(service_changes_total=1, refused="out of memory"), "out of memory"),
         (Status(service_changes_total=1, quarantined={NAME: "too big"}), "default/web:http.*too big"),
-        (Status(service_changes_total=1, troubles={"a.yaml": "broken"}), "a.yaml: broken"),
+        (Status(service_changes_total=1, troubles={"servicecidrs": "403"}), None),
+        (
+            Status(service_changes_total=1, troubles={"a.yaml": "broken"}, lacking=frozenset({"a.yaml"})),
+            "a.yaml: broken",
+        ),
         (Status(service_changes_total=1, source=Health("stale", "an hour old")), "an hour old"),
     ],
 )
