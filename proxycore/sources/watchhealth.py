@@ -131,7 +131,9 @@ class Board:
         if self._troubles.get(subject, "") == reason:
             return []
         self._troubles[subject] = reason
-        return [Trouble(subject, reason, harmless=True)]
+        # Without ServiceCIDRs addresses of no Service are not dropped, and that is all.
+        harmless = not reason or kind == "ServiceCIDR"
+        return [Trouble(subject, reason, harmless=harmless, tolerable=not harmless)]
 
     def _tell(self, events: list[Event]) -> None:
         """Add what follows from the states, and hand over."""
