@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import random
+import re
 import socket
 import threading
 import time
@@ -431,7 +432,7 @@ def reason_of(error: BaseException) -> str:
         return f"through the HTTP proxy: {reason_of(error.args[1])}"
     if kind == "ApiException":
         text = " ".join(str(getattr(error, "reason", "")).split())
-        return text.replace("SSLError ", "TLS: ", 1)
+        return re.sub(r" \(_ssl\.c:\d+\)", "", text).replace("SSLError ", "TLS: ", 1)
     if kind in ("ProtocolError", "IncompleteRead"):
         inner = error.args[1] if len(error.args) > 1 else cause
         return f"the connection broke{f': {_system_text(inner)}' if isinstance(inner, OSError) else ''}"

@@ -148,8 +148,21 @@ def test_a_cut(server, client_of):
     assert reason(client_of(server)).startswith("the connection broke")
 
 
-def test_no_tls_where_tls_is_expected(server, client_of):
-    assert reason(client_of(server.url.replace("http", "https"))).startswith("TLS: ")
+def test_no_tls_where_tls_is_expected(client_of):
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def answer():
+            connection, _ = listener.accept()
+            with connection:
+                connection.sendall(b"HTTP/1.1 400 Bad Request\r\n\r\n")
+                connection.recv(1 << 16)
+
+        thread = threading.Thread(target=answer)
+        thread.start()
+        said = reason(client_of(f"https://127.0.0.1:{listener.getsockname()[1]}"))
+        thread.join()
+    assert said.startswith("TLS: ")
+    assert "_ssl.c" not in said
 
 
 def test_an_authority_that_is_not_trusted(authority, client_of):
