@@ -128,6 +128,8 @@ class Connection:
             resource = BY_PLURAL[request.resource]
             if request.verb == "watch":
                 self._watch(body, resource, select, request, fault)
+                if fault.close:
+                    raise Ended
             else:
                 self._list(body, resource, select, request, fault)
 
@@ -224,9 +226,7 @@ class Connection:
                     watch.version = int(wanted or "0") or version
             except Gone:
                 self._head(200, head)
-                gone = msgspec.json.encode(status_value(410, f"too old resource version: {wanted}"))
-                body.chunk(b'{"type":"ERROR","object":' + gone + b"}\n")
-                body.chunk(b"")
+                _too_old(body, wanted)
                 return
             # Not sooner: who sees the head may count on the watch's having begun.
             self._head(200, head)
@@ -234,6 +234,7 @@ class Connection:
             while True:
                 for kind, value in events:
                     body.chunk(b'{"type":"' + kind.encode() + b'","object":' + value + b"}\n")
+                behind = False
                 with store.changed:
                     while not (self.ended or watch.orders or store.version > version):
                         left = deadline - time.monotonic()
@@ -242,20 +243,25 @@ class Connection:
                         store.changed.wait(min(left, 1.0))
                     late = not watch.orders and store.version <= version
                     watch.version = version
-                    if version:
-                        version, events = store.since(resource, select, version, open_watch=True)
+                    try:
+                        if version:
+                            version, events = store.since(resource, select, version, open_watch=True)
+                    except Gone:
+                        behind = True
                     orders = list(watch.orders) if not events else []
                     if orders:
                         watch.orders.clear()
                 if self.ended:
                     raise Ended
+                if behind:
+                    _too_old(body, str(version))
+                    return
                 if not events and self._obey(body, orders):
-                    break
+                    body.chunk(b"")
+                    return
                 if late and time.monotonic() >= deadline:
-                    break
-        body.chunk(b"")
-        if fault.close:
-            raise Ended
+                    body.chunk(b"")
+                    return
 
     def _obey(self, body: Body, orders: list[bytes | str]) -> bool:
         """Do what the test wants; True: the watch ends cleanly."""
@@ -269,6 +275,13 @@ class Connection:
                     reset(self.socket)
                 raise Ended
         return False
+
+
+def _too_old(body: Body, version: str) -> None:
+    """End a watch that cannot go on from its version."""
+    gone = msgspec.json.encode(status_value(410, f"too old resource version: {version}"))
+    body.chunk(b'{"type":"ERROR","object":' + gone + b"}\n")
+    body.chunk(b"")
 
 
 def status_value(code: int, message: str) -> dict[str, Any]:

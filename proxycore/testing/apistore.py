@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 
 import msgspec
 
+LOG_LIMIT = 50_000
+"""Changes that are kept; beyond, the older half is forgotten."""
 ObjectKey = tuple[str, str]
 """Namespace and name."""
 
@@ -123,6 +125,8 @@ class ObjectStore:
         self.changed = threading.Condition(threading.RLock())
         self.version = version
         self.floor = version
+        self._kept = version
+        """The log has every change after this version."""
         self._objects: dict[str, dict[ObjectKey, Stored]] = {resource.kind: {} for resource in RESOURCES}
         self._log: list[Entry] = []
         self._pages: dict[str, tuple[int, list[bytes]]] = {}
@@ -149,8 +153,7 @@ class ObjectStore:
                 },
             )
             self._objects[resource.kind][key] = stored
-            self._log.append(Entry(self.version, resource.kind, key, before, stored))
-            self.changed.notify_all()
+            self._note(Entry(self.version, resource.kind, key, before, stored))
             return self.version
 
     def delete(self, kind: str, namespace: str, name: str) -> int:
@@ -159,9 +162,16 @@ class ObjectStore:
         with self.changed:
             before = self._objects[kind].pop(key)
             self.version += 1
-            self._log.append(Entry(self.version, kind, key, before, None))
-            self.changed.notify_all()
+            self._note(Entry(self.version, kind, key, before, None))
             return self.version
+
+    def _note(self, entry: Entry) -> None:
+        self._log.append(entry)
+        if len(self._log) > LOG_LIMIT:
+            self._kept = self._log[LOG_LIMIT // 2].version
+            del self._log[: LOG_LIMIT // 2 + 1]
+            self.floor = max(self.floor, self._kept)
+        self.changed.notify_all()
 
     def compact(self, keep: int | None = None) -> None:
         """Forget the past and all continue tokens: an older version is "too old" from now on.
@@ -170,8 +180,8 @@ class ObjectStore:
         """
         with self.changed:
             self.floor = self.version
-            kept = self.version if keep is None else keep
-            self._log = [entry for entry in self._log if entry.version > kept]
+            self._kept = max(self._kept, self.version if keep is None else keep)
+            self._log = [entry for entry in self._log if entry.version > self._kept]
             self._pages.clear()
 
     def expire_pages(self) -> None:
@@ -220,10 +230,10 @@ class ObjectStore:
     ) -> tuple[int, list[Event]]:
         """Events after a version, and the version that they lead to.
 
-        Raises Gone: it is too old, for a new watch.
+        Raises Gone: it is too old; for a watch that is open only if it has fallen behind the log.
         """
         with self.changed:
-            if version < self.floor and not open_watch:
+            if version < (self._kept if open_watch else self.floor):
                 raise Gone
             start = bisect_right(self._log, version, key=lambda entry: entry.version)
             events = []

@@ -160,6 +160,21 @@ def test_a_watch_of_the_past_is_refused_and_an_open_one_is_not_touched(server):
         assert watch.next() is None
 
 
+def test_the_log_is_not_endless_and_a_watch_that_falls_behind_it_is_told(server, monkeypatch):
+    monkeypatch.setattr("proxycore.testing.apistore.LOG_LIMIT", 10)
+    version = server.apply(service("a"))
+    with Watching(server, resourceVersion=version) as watch:
+        with server.store.changed:
+            for number in range(30):
+                server.apply(service("a", f"10.0.1.{number}"))
+        assert watch.next()["object"]["code"] == 410
+        assert watch.next() is None
+    with Watching(server, resourceVersion=server.store.version - 4) as watch:
+        assert [watch.next()["object"]["spec"]["clusterIP"] for _ in range(4)] == [
+            f"10.0.1.{n}" for n in range(26, 30)
+        ]
+
+
 def test_a_watch_ends_in_time_and_one_of_everything_begins_with_it(server):
     server.apply(service("a"))
     with Watching(server, timeoutSeconds="0") as watch:
