@@ -61,8 +61,8 @@ def run(access: Access, stopping: threading.Event, limit: float | None = None) -
     if os.sep in command:
         command = os.path.join(access.base, command)
     environment = {**os.environ, **{item.name: item.value for item in plugin.env or ()}}
-    environment["KUBERNETES_EXEC_INFO"] = _info(access)
     try:
+        environment["KUBERNETES_EXEC_INFO"] = _info(access)
         process = subprocess.Popen(
             [command, *(plugin.args or ())],
             stdin=subprocess.DEVNULL,
