@@ -15,6 +15,9 @@ from .errors import ConfigError
 from .logs import Format as LogFormat
 from .source import APIServer
 
+API_SOURCE = "kubernetes"
+"""The source whose argument is a context of the kubeconfig."""
+
 
 class RunOptions(msgspec.Struct, frozen=True, kw_only=True):
     """Everything that `run` parses, files, environment and defaults already worked in.
@@ -56,7 +59,7 @@ class RunOptions(msgspec.Struct, frozen=True, kw_only=True):
         config = self.config.config
         return APIServer(
             kubeconfig=config.kubeconfig,
-            context=config.kube_context,
+            context=(self.source_name == API_SOURCE and self.source_argument) or config.kube_context,
             master=config.master,
             qps=config.client_qps,
             burst=config.client_burst,

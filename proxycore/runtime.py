@@ -31,7 +31,7 @@ from .kernel import presence
 from .logs import Log, get
 from .metrics.exposition import Registry
 from .nodefacts import NodeFacts
-from .options import RunOptions
+from .options import API_SOURCE, RunOptions
 from .plugins import Observers, load_backend, load_observers, load_source
 from .reload import Reloader
 from .saver import Saver
@@ -44,7 +44,6 @@ from .status import Facts
 from .takeover import Takeover, reason_to_wait
 
 BUILT_IN_OBSERVERS = ("conntrack", "events", "health-check-ports", "metrics")
-API_SOURCE = "kubernetes"
 NO_STATE = "none"
 SWITCH_INTERVAL_SECONDS = 0.0005
 """How long a thread may keep the interpreter while another waits; Python's default of 5 ms would delay each hand-over."""

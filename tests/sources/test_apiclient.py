@@ -12,8 +12,8 @@ from contextlib import suppress
 
 import pytest
 
-from proxycore import apiclient
 from proxycore.apiclient import BUCKETS, Limiter, Requests, Unreachable, chunks, connect, discard, read
+from proxycore.apiclient import client as apiclient
 from proxycore.source import APIServer
 from proxycore.testing.apiserver import FakeAPIServer
 from proxycore.testing.apitls import Authority

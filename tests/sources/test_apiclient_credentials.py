@@ -15,11 +15,10 @@ from datetime import UTC, datetime, timedelta
 
 import pytest
 
-from proxycore import apiclient
-from proxycore.apiclient import Unreachable, connect, read
+from proxycore.apiclient import Unreachable, connect, execplugin, kubeconfig, read
+from proxycore.apiclient import client as apiclient
 from proxycore.errors import SourceError
 from proxycore.source import APIServer
-from proxycore.sources import execplugin, kubeconfig
 from proxycore.testing.apiserver import FakeAPIServer
 from proxycore.testing.apitls import Authority
 

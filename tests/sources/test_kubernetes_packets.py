@@ -7,7 +7,7 @@ import threading
 
 import pytest
 
-from proxycore import apiclient
+from proxycore.apiclient import client as apiclient
 from proxycore.sources import reflector
 from proxycore.testing.apiserver import FakeAPIServer
 from proxycore.testing.apitls import Authority

@@ -15,8 +15,8 @@ import msgspec
 
 from ..errors import DecodeError, SourceError
 from ..source import APIServer
+from ..sources.manifests import printable
 from ..yamlio import load_documents
-from .manifests import printable
 
 SERVICE_ACCOUNT = "/var/run/secrets/kubernetes.io/serviceaccount"
 DEFAULT_KUBECONFIG = "~/.kube/config"

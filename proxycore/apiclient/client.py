@@ -17,18 +17,18 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 from urllib.parse import urlsplit
 
-import msgspec
-
-from . import logs
-from .errors import SourceError
-from .source import APIServer
-from .sources import execplugin, kubeconfig
-from .sources.kubeconfig import Access
+from .. import logs
+from ..errors import SourceError
+from ..source import APIServer
+from . import execplugin, kubeconfig
+from .counts import NO_CODE, REQUESTS
+from .kubeconfig import Access
+from .limiter import Limiter
 
 if TYPE_CHECKING:
     from urllib3.response import HTTPResponse
 
-    from .sources.connections import Handles
+    from .connections import Handles
 
 REFRESH_SECONDS = 10.0
 """Configuration and credentials are read anew at most this often."""
@@ -40,103 +40,13 @@ CONNECT_SECONDS = 5.0
 KEEPALIVE = (10, 5, 3)
 """A silent connection is probed after 10 s, every 5 s; it is over after 3 probes."""
 USER_TIMEOUT_MILLISECONDS = 25_000
-BUCKETS = (0.005, 0.025, 0.1, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 15.0, 30.0, 60.0)
-"""Upper bounds in seconds, as client-go has them."""
-NO_CODE = "<error>"
-"""Stands for the status where no answer came, as in client-go."""
-
 Query = Iterable[tuple[str, str]]
 Timeout = tuple[float, float]
 """Seconds: to connect, and without a byte."""
 
 
-class Histogram(msgspec.Struct, frozen=True):
-    """`counts[i]`: how many were at most `BUCKETS[i]`, the last one: all."""
-
-    counts: tuple[int, ...] = (0,) * (len(BUCKETS) + 1)
-    sum: float = 0.0
-
-    @property
-    def count(self) -> int:
-        return self.counts[-1]
-
-
-class RequestCounts(msgspec.Struct, frozen=True):
-    """`requests` by (code, method, host); `durations`, seconds until the headers came, by (verb, host)."""
-
-    requests: Mapping[tuple[str, str, str], int]
-    durations: Mapping[tuple[str, str], Histogram]
-
-
-class Requests:
-    """Counts the requests of this process."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._requests: dict[tuple[str, str, str], int] = {}
-        self._durations: dict[tuple[str, str], tuple[list[int], float]] = {}
-
-    def record(self, method: str, host: str, code: str, seconds: float) -> None:
-        """Count one request; `code` is NO_CODE where no answer came."""
-        with self._lock:
-            key = (code, method, host)
-            self._requests[key] = self._requests.get(key, 0) + 1
-            counts, total = self._durations.get((method, host)) or ([0] * (len(BUCKETS) + 1), 0.0)
-            for index, bound in enumerate((*BUCKETS, float("inf"))):
-                counts[index] += seconds <= bound
-            self._durations[method, host] = (counts, total + seconds)
-
-    def snapshot(self) -> RequestCounts:
-        """What has been counted up to now."""
-        with self._lock:
-            return RequestCounts(
-                dict(self._requests),
-                {key: Histogram(tuple(counts), total) for key, (counts, total) in self._durations.items()},
-            )
-
-
-REQUESTS = Requests()
-
-
 class Unreachable(SourceError):
     """No answer came, or it ended before its end.  The message says why, and does not name the server."""
-
-
-class Limiter:
-    """A token bucket: `burst` requests at once, then `qps` a second; 0 or less of either: no limit."""
-
-    def __init__(self, qps: float, burst: int, clock: Callable[[], float] = time.monotonic) -> None:
-        self._qps = qps if burst > 0 else 0.0
-        self._burst = burst
-        self._clock = clock
-        self._lock = threading.Lock()
-        self._tokens = float(burst)
-        self._at = clock()
-
-    def allows(self) -> bool:
-        """Take a token if there is one."""
-        if self._qps <= 0:
-            return True
-        with self._lock:
-            self._refill()
-            if self._tokens < 1:
-                return False
-            self._tokens -= 1
-            return True
-
-    def reserve(self) -> float:
-        """Take a token; how many seconds it is too early for it."""
-        if self._qps <= 0:
-            return 0.0
-        with self._lock:
-            self._refill()
-            self._tokens -= 1
-            return max(0.0, -self._tokens / self._qps)
-
-    def _refill(self) -> None:
-        now = self._clock()
-        self._tokens = min(self._burst, self._tokens + (now - self._at) * self._qps)
-        self._at = now
 
 
 class _Session(NamedTuple):
@@ -329,7 +239,7 @@ class APIClient:
             from kubernetes.client import ApiClient, Configuration
         except ImportError as error:
             raise SourceError(f"the package kubernetes cannot be imported: {error}") from error
-        from .sources.connections import Handles, note
+        from .connections import Handles, note
 
         if self._handles is None:
             self._handles = Handles()
