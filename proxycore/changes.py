@@ -15,6 +15,9 @@ class Unknown(msgspec.Struct, frozen=True):
 
 UNKNOWN = Unknown()
 
+SNAPSHOT = "snapshot"
+"""Reason of a batch that only brings an observer up to date: nothing was programmed."""
+
 
 class EndpointDelta(NamedTuple):
     """How one pool changes.  `added` holds new ones and those whose attributes changed in a way that a backend can see."""

@@ -97,6 +97,16 @@ class Ledger:
         return frozenset(self._pending) | self._tried.keys()
 
     @property
+    def unsettled(self) -> bool:
+        """Something is not in force, and that is no fault of single Services: these are set aside."""
+        return (
+            self._has_healthy()
+            or self._full_reason is not None
+            or self.host_pending
+            or len(self._refused) >= REFUSALS_IN_A_ROW
+        )
+
+    @property
     def host_pending(self) -> bool:
         """The backend has not acknowledged the node's present facts."""
         return self._host != self._host_acknowledged

@@ -128,6 +128,13 @@ class Desired:
         if host is not None and host != self._host:
             self._host_changed(host, arrived)
 
+    def reserve_ports(self, ports: frozenset[tuple[int, Protocol]], arrived: float | None = None) -> None:
+        """The node needs these ports itself from now on, and others no more."""
+        if ports != self._reserved_ports:
+            self._reserved_ports = ports
+            self._replan.update(self.store.services)
+            self._touch(self.store.services, {}, arrived)
+
     def take(self) -> dict[ServicePortName, ServiceState | None]:
         """The Service ports whose desired state is another one than at the last take; None: it is to go."""
         self._settle()

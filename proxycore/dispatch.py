@@ -48,6 +48,9 @@ DEADLINES: Mapping[str, float] = {
 }
 """Seconds that a backend's call may take."""
 
+SECONDS_PER_CHANGE = 0.01
+"""So much more for each change of a batch."""
+
 OBSERVER_DEADLINE = 30.0
 """Seconds that one call of an observer may take."""
 
@@ -203,7 +206,7 @@ class BackendRunner:
     def _run(self) -> None:
         while (call := self._calls.get()) is not None:
             kind, args = call
-            self._watch.begin(kind, self._deadlines[kind])
+            self._watch.begin(kind, self._deadline(kind, args))
             value: Any = None
             failure: Exception | None = None
             try:
@@ -215,6 +218,11 @@ class BackendRunner:
             seconds = self._watch.end()
             self._answered += 1
             self._deliver(BackendReply(kind, args, value, failure, seconds))
+
+    def _deadline(self, kind: str, args: tuple[Any, ...]) -> float:
+        """A first load of a large cluster may take its time."""
+        more = len(args[0].changes) * SECONDS_PER_CHANGE if kind == "apply" else 0.0
+        return self._deadlines[kind] + more
 
     def _call(self, kind: str, args: tuple[Any, ...]) -> Any:
         arguments = dict(zip(BACKEND_ARGUMENTS[kind], args, strict=True))

@@ -22,21 +22,20 @@ from queue import Empty, SimpleQueue
 from types import MappingProxyType
 from typing import Any
 
-import msgspec
-
 from .backend import ApplyResult, BackendContext, BackendInfo, Started, Verification
 from .batchlog import NAMED_IN_LOG, log_result
-from .changes import ChangeBatch, HostChange, change
+from .changes import SNAPSHOT, ChangeBatch, HostChange, change
 from .delta import Ledger
 from .desired import Desired
 from .dispatch import BackendReply, BackendRunner, ObserverRunner
+from .health import judge, sentence
 from .inbox import (
     EngineSettings,
     HostMayHaveChanged,
     InboxSink,
     Item,
     ReadContents,
-    SetPace,
+    SetSettings,
     Stop,
     TakeSnapshot,
 )
@@ -46,7 +45,7 @@ from .model import HostState
 from .objects import Node, ServiceCIDR
 from .observer import ObserverContext
 from .source import Event, Health, Synced, Trouble
-from .status import ObserverStatus, Status
+from .status import Facts, ObserverStatus, Status
 from .store import Contents
 from .tally import Tally
 
@@ -76,14 +75,12 @@ class Engine:
         observers: Callable[[Callable[[], ChangeBatch | None]], Sequence[ObserverRunner]],
         log: Log,
         clock: Callable[[], float] = time.monotonic,
-        complaint: Callable[[], str] | None = None,
         changed: Callable[[], None] | None = None,
         in_force: Callable[[], None] | None = None,
         for_observers: Mapping[str, Any] = MappingProxyType({}),
     ) -> None:
         """`backend` and `observers` make the runners, given where to deliver answers and how to get a snapshot.
 
-        `complaint` says what is wrong with the proxy, when observers are told that it is not healthy.
         `changed` is called when an object has changed, `in_force` once, when the first batch is in force and the kernel was
         found to hold it; neither may block.  `for_observers`: what else an ObserverContext is to have, by field.
         """
@@ -121,7 +118,6 @@ class Engine:
         self._problems_at = float("inf")
         self._told_host: HostState | None = None
         self._stopping = self._ended = False
-        self._complaint = complaint or self.backend_overdue
         self._changed = changed
         self._tell_in_force = in_force
         self._for_observers = for_observers
@@ -130,7 +126,7 @@ class Engine:
         self._tally = Tally(settings.families, time.time())
         self._after_full = False
         """Of what a full batch made, much is free again and the rest is to stay."""
-        self._healthy: bool | None = None
+        self._told_complaints: str | None = None
         self.status = Status()
         self._observers = observers(self._ask_snapshot)
         self._backend = backend(self._inbox.put)
@@ -146,12 +142,19 @@ class Engine:
         self._inbox.put(HostMayHaveChanged())
 
     def healthy(self) -> bool:
-        """Is the proxy itself well?  (Read from the published status; the backend's deadline is looked at now.)"""
-        status = self.status
-        if status.last_success is None or self._backend.overdue() is not None:
-            return False
-        since = status.pending_since
-        return since is None or self._clock() - since < 2 * self._settings.sync_period_seconds
+        """Is the proxy itself well, whatever may be with its node?"""
+        return not self._complaints()
+
+    def _complaints(self) -> str:
+        """What is wrong with the proxy, in a sentence, as far as the engine knows; empty if nothing is."""
+        facts = Facts(
+            now=time.time(),
+            monotonic=self._clock(),
+            status=self.status,
+            backend_overdue=self.backend_overdue(),
+            sync_period_seconds=self._settings.sync_period_seconds,
+        )
+        return sentence(judge(facts).proxy_failing)
 
     def backend_overdue(self) -> str:
         """One sentence about the backend's call that is past its deadline; empty if none is."""
@@ -165,20 +168,9 @@ class Engine:
         """How each observer is doing."""
         return tuple(observer.status() for observer in self._observers)
 
-    def set_pace(
-        self, *, sync_period_seconds: float, min_sync_period_seconds: float, verify_interval_seconds: float
-    ) -> None:
-        """Go on with these, see EngineSettings."""
-        self._inbox.put(
-            SetPace(
-                msgspec.structs.replace(
-                    self._settings,
-                    sync_period_seconds=sync_period_seconds,
-                    min_sync_period_seconds=min_sync_period_seconds,
-                    verify_interval_seconds=verify_interval_seconds,
-                )
-            )
-        )
+    def set_settings(self, settings: EngineSettings) -> None:
+        """Go on with this pace, and with these ports reserved; what else is in the settings is for the start."""
+        self._inbox.put(SetSettings(settings))
 
     def contents(self, timeout: float = 60.0) -> Contents:
         """All objects as they are known now.  Raises TimeoutError: the engine did not answer in time."""
@@ -247,9 +239,8 @@ class Engine:
         return self._last_end + self._settings.min_sync_period_seconds
 
     def _is_due(self) -> bool:
-        """Is there something that could be sent now?  What is set aside until later does not count."""
-        due = self._ledger.next_time(self._clock())
-        return self._full_reason is not None or (due is not None and due <= self._clock())
+        """Is there something that waits to be sent?  What is set aside does not count."""
+        return self._full_reason is not None or self._ledger.unsettled
 
     def _take(self, item: Item) -> None:
         match item:
@@ -263,7 +254,7 @@ class Engine:
                 answer.set_result(self._snapshot())
             case ReadContents(reader):
                 reader.set_result(self._desired.store.contents())
-            case SetPace(settings):
+            case SetSettings(settings):
                 self._take_settings(settings)
             case Stop():
                 self._stopping = True
@@ -296,6 +287,7 @@ class Engine:
 
     def _take_settings(self, settings: EngineSettings) -> None:
         self._settings = settings
+        self._desired.reserve_ports(settings.reserved_ports, time.time())
         if self._verify_at != float("inf") or (self._tally.applied_total and not self._backend.busy):
             self._verify_at = self._clock() + self._interval()
 
@@ -422,8 +414,7 @@ class Engine:
         )
         self._full_reason = None
         if batch is None:
-            if self._ledger.next_time(now) is None:
-                self._pending_since = None
+            self._settle_pending()
             return
         self._tally.sent(self._desired)
         self._backend.submit("apply", batch)
@@ -438,7 +429,7 @@ class Engine:
             changes=tuple(change(name, None, state) for name, state in self._ledger.in_force().items()),
             host=HostChange(before=None, after=self._host),
             full=True,
-            reason="snapshot",
+            reason=SNAPSHOT,
         )
 
     def _take_reply(self, reply: BackendReply) -> None:
@@ -492,6 +483,7 @@ class Engine:
             self._log.error("backend failed", generation=batch.generation, error=reply.error)
             failure = ApplyResult(generation=batch.generation, outcome="rejected", message=why)
             self._tell_failed(batch, failure, reply.seconds)
+            self._settle_pending()
             return
         result: ApplyResult = reply.value
         self._ledger.acknowledge(batch, result, now)
@@ -499,6 +491,7 @@ class Engine:
         if result.outcome == "rejected":
             self._tally.refused = result.message or "the backend refused a batch without a reason"
             self._tell_failed(batch, result, reply.seconds)
+            self._settle_pending()
             return
         if batch.full and not self._tally.applied_total and self._adopted and not batch.changes:
             self._log.warning("the source has no Service: what an earlier run left is removed")
@@ -511,6 +504,12 @@ class Engine:
             observer.applied(batch, result, reply.seconds)
         if self._verify_at == float("inf"):
             self._first_in_force()
+
+    def _settle_pending(self) -> None:
+        """After a refusal: what is left waits for nobody, if it is only Services that were set aside."""
+        if not self._ledger.unsettled:
+            self._pending_since = None
+            self._tally.refused = ""
 
     def _first_in_force(self) -> None:
         """What was programmed is verified, or never will be: once that is all of it, whatever waited for it may begin."""
@@ -569,12 +568,12 @@ class Engine:
         )
         if status != self.status:
             self.status = status
-        healthy = self.healthy()
-        if healthy != self._healthy and self._started:
-            self._healthy = healthy
-            complaint = "" if healthy else self._complaint()
-            for observer in self._observers:
-                observer.health(healthy, complaint)
+        complaints = self._complaints()
+        if complaints != self._told_complaints and self._started:
+            news = self._told_complaints is None or bool(complaints) != bool(self._told_complaints)
+            self._told_complaints = complaints
+            for observer in self._observers if news else ():
+                observer.health(not complaints, complaints)
 
     def _shut_down(self) -> None:
         for observer in self._observers:

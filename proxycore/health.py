@@ -38,6 +38,7 @@ CHECKS: Mapping[str, frozenset[Endpoint]] = {
     "engine": _ALL,
     "backend": _ALL,
     "pending": _ALL,
+    "source-thread": _ALL,
     "programmed": _SERVING,
     "source": frozenset({"readyz"}),
     "node": frozenset({"healthz"}),
@@ -106,6 +107,7 @@ def judge(facts: Facts) -> Verdict:
             _engine(facts),
             _backend(facts),
             _pending(facts),
+            _source_thread(facts.status),
             _programmed(facts.status),
             _source(facts),
             _node(facts.status),
@@ -198,16 +200,31 @@ def _source(facts: Facts) -> Check:
     age = max(0.0, facts.now - status.source_since) if status.source_since else None
     state, reason = status.source.state, status.source.reason
     name = f"{facts.source_name} " if facts.source_name else ""
-    because = f": {reason}" if reason else ""
+    more = (cut(reason),) if reason else ()
     lasting = f" for {age:.0f} s" if age is not None and state == "stale" else ""
-    detail = cut(f"{name}{state}{lasting}{because}")
+    detail = cut(f"{name}{state}{lasting}")
     if not status.synced:
-        detail = cut(f"{name}has not delivered everything yet, {state}{lasting}{because}")
-        return Check(name="source", healthy=False, detail=detail, age_seconds=age, gates=gates)
+        detail = cut(f"{name}has not delivered everything yet, {state}{lasting}")
+        return Check(name="source", healthy=False, detail=detail, age_seconds=age, gates=gates, more=more)
     stale = state == "stale" and (age is None or age > facts.stale_after_seconds)
     if state == "stale" and not stale:
         detail = cut(f"{detail} (not ready after {facts.stale_after_seconds:g} s)")
-    return Check(name="source", healthy=not stale, detail=detail, age_seconds=age, gates=gates)
+    return Check(
+        name="source",
+        healthy=not stale and state != "failed",
+        detail=detail,
+        age_seconds=age,
+        gates=gates,
+        more=more,
+    )
+
+
+def _source_thread(status: Status) -> Check:
+    """One that has ended by a bug delivers nothing more, and nobody but a new process starts it again."""
+    name, failed = "source-thread", status.source.state == "failed"
+    detail = "has ended by a bug" if failed else "has not failed"
+    more = (cut(status.source.reason),) if failed else ()
+    return Check(name=name, healthy=not failed, detail=detail, gates=CHECKS[name], more=more)
 
 
 def _node(status: Status) -> Check:
@@ -278,7 +295,12 @@ def _saved_state(facts: Facts) -> Check:
 
 def _takeover(facts: Facts) -> Check:
     if facts.takeover:
-        return Check(name="takeover", healthy=False, detail=cut(facts.takeover))
+        return Check(
+            name="takeover",
+            healthy=False,
+            detail="rules of another proxy are here, or may be",
+            more=(cut(facts.takeover),),
+        )
     return Check(name="takeover", healthy=True, detail="nothing of another proxy is known to be left")
 
 

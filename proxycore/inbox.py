@@ -53,13 +53,13 @@ class ReadContents(NamedTuple):
     answer: Future[Contents]
 
 
-class SetPace(NamedTuple):
-    """The pace is another one from now on."""
+class SetSettings(NamedTuple):
+    """The settings are others from now on."""
 
     settings: EngineSettings
 
 
-Item = list[Event] | BackendReply | HostMayHaveChanged | Stop | TakeSnapshot | ReadContents | SetPace
+Item = list[Event] | BackendReply | HostMayHaveChanged | Stop | TakeSnapshot | ReadContents | SetSettings
 
 
 class InboxSink:

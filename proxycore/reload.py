@@ -216,7 +216,11 @@ class Reloader:
             return
         mended, known = bool(self._status.problem), self._wanted.warnings
         self._wanted, self._in_force = new, next_
-        self._status = ConfigStatus(loaded_at=time.time(), needs_restart=pending.needs_restart)
+        self._status = ConfigStatus(
+            loaded_at=time.time(),
+            refused_total=self._status.refused_total,
+            needs_restart=pending.needs_restart,
+        )
         for warning in new.warnings:
             if warning not in known:
                 self._log.warning("configuration", warning=warning)
@@ -254,7 +258,10 @@ class Reloader:
 
     def _fail(self, problem: str) -> None:
         self._status = ConfigStatus(
-            loaded_at=self._status.loaded_at, problem=problem, needs_restart=self._status.needs_restart
+            loaded_at=self._status.loaded_at,
+            problem=problem,
+            refused_total=self._status.refused_total + 1,
+            needs_restart=self._status.needs_restart,
         )
 
 

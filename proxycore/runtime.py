@@ -10,6 +10,7 @@
 from __future__ import annotations
 
 import gc
+import signal
 import sys
 import threading
 import time
@@ -24,7 +25,7 @@ from .config.configz import configz
 from .dispatch import BackendReply, BackendRunner, ObserverRunner
 from .engine import Engine
 from .errors import ConfigError, KernelError, SourceError
-from .health import judge, sentence
+from .health import judge
 from .host import reserved_ports
 from .inbox import EngineSettings
 from .kernel import presence
@@ -37,10 +38,10 @@ from .reload import Reloader
 from .saver import Saver
 from .servers import Servers
 from .signals import stopping
-from .source import APIServer, Heard, Source, SourceContext
+from .source import APIServer, Health, Heard, Source, SourceContext
 from .sources.lastgood import Fallback
 from .statefile import DEFAULT_PATH
-from .status import Facts
+from .status import Facts, SavedStatus
 from .takeover import Takeover, reason_to_wait
 
 BUILT_IN_OBSERVERS = ("conntrack", "events", "health-check-ports", "metrics")
@@ -55,6 +56,8 @@ def run_proxy(options: RunOptions) -> int:
     Raises ConfigError, PluginError, SourceError or KernelError before anything was touched.
     """
     sys.setswitchinterval(SWITCH_INTERVAL_SECONDS)
+    # Until there is somebody who reads the configuration again: a change is noticed then, too.
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
     config = options.config.config
     trace = get("hooks").info if options.trace_hooks else None
     cell = load_backend(options.backend, trace=trace)
@@ -108,7 +111,8 @@ class _Proxy:
         self._takeover.refuse_if_needed()
         probe(cell, self._context, self._log)
         self._source = source
-        self._fallback, self._saver_path = self._with_fallback(source)
+        self._fallback = self._with_fallback(source)
+        self._feed: Source = self._fallback or source
         self._registry = Registry()
         self._engine = Engine(
             settings=self._settings(),
@@ -117,7 +121,6 @@ class _Proxy:
             backend_info=cell.info,
             observers=self._observer_runners,
             log=self._log,
-            complaint=self._complaint,
             changed=self._object_changed,
             in_force=self._first_in_force,
             for_observers={
@@ -139,33 +142,41 @@ class _Proxy:
 
     # -- parts --
 
-    def _with_fallback(self, source: Source) -> tuple[Fallback, str | None]:
+    def _with_fallback(self, source: Source) -> Fallback | None:
         """Only what comes from afar is worth keeping: such a source says where from."""
         config = self._loaded.config
         origin = str(getattr(source, "origin", "") or "")
         path = config.saved_state_file or DEFAULT_PATH
-        kept = path if origin and path != NO_STATE else None
-        fallback = Fallback(
+        if not origin or path == NO_STATE:
+            return None
+        return Fallback(
             source,
-            kept,
+            path,
             node=self._options.node_name,
             origin=origin,
             wait_seconds=config.saved_state_wait_seconds,
             log=get("saved-state"),
         )
-        return fallback, kept
 
     def _make_saver(self) -> Saver | None:
-        if self._saver_path is None:
+        if self._fallback is None:
             return None
         return Saver(
-            self._saver_path,
+            self._fallback.path,
             node=self._options.node_name,
             origin=self._fallback.origin,
             read=self._engine.contents,
             live=self._fallback.live,
             log=get("saved-state"),
         )
+
+    def _saved(self) -> SavedStatus | None:
+        if self._saver is None or self._fallback is None:
+            return None
+        status = self._saver.status()
+        if status.saved_at is None and not status.problem and self._fallback.problem:
+            return SavedStatus(path=status.path, problem=self._fallback.problem)
+        return status
 
     def _api_server(self) -> APIServer | None:
         return self._options.api_server if self._options.source_name == API_SOURCE else None
@@ -204,7 +215,7 @@ class _Proxy:
             backend_overdue_total=self._engine.backend_overdue_total(),
             observers=self._engine.observers(),
             left_out=tuple(map(str, self._found.problems)),
-            saved=self._saver.status() if self._saver else None,
+            saved=self._saved(),
             config=self._reloader.status(),
             servers=self._servers.status(),
             sync_period_seconds=config.sync_period_seconds,
@@ -217,9 +228,6 @@ class _Proxy:
     def healthy(self) -> bool:
         """Is the proxy itself well, whatever may be with its node?"""
         return judge(self.facts()).proxy_healthy
-
-    def _complaint(self) -> str:
-        return sentence(judge(self.facts()).proxy_failing)
 
     def _object_changed(self) -> None:
         if self._saver is not None:
@@ -235,11 +243,7 @@ class _Proxy:
         logs.configure(config.log_format, config.log_verbosity)
         if (config.conntrack, config.oom_score_adj) != (before.conntrack, before.oom_score_adj):
             hostsetup.prepare(config, log=get("host"), strict=False)
-        self._engine.set_pace(
-            sync_period_seconds=config.sync_period_seconds,
-            min_sync_period_seconds=config.min_sync_period_seconds,
-            verify_interval_seconds=config.verify_interval_seconds,
-        )
+        self._engine.set_settings(self._settings())
         self._node.config = config
         self._engine.host_may_have_changed()
         try:
@@ -271,9 +275,7 @@ class _Proxy:
         self._servers.serve(
             config.healthz_bind_address, config.metrics_bind_address, hard_fail=config.bind_address_hard_fail
         )
-        source = threading.Thread(
-            target=_run_source, args=(self._fallback, self._engine, self._log), name="source", daemon=True
-        )
+        source = threading.Thread(target=self._run_source, name="source", daemon=True)
         with stopping(self._engine.stop, self._reloader.request):
             if self._saver is not None:
                 self._saver.start()
@@ -283,7 +285,7 @@ class _Proxy:
             # Objects of the start live as long as the process; the collector need not look at them again and again.
             gc.freeze()
             self._engine.run()
-        self._fallback.stop()
+        self._feed.stop()
         self._takeover.stop()
         self._reloader.stop()
         if self._saver is not None:
@@ -294,6 +296,17 @@ class _Proxy:
         if sign is not None:
             presence.let_go(sign)
         return 0
+
+    def _run_source(self) -> None:
+        """The source's thread.  However it ends, others must know that nothing more comes."""
+        try:
+            self._feed.run(self._engine.sink)
+        except SourceError as error:
+            self._log.error("source ended; what it delivered stays in force", error=error)
+            self._engine.sink.put([Health("stale", f"the source has ended: {error}")])
+        except BaseException as error:  # noqa: BLE001  a source's bug must not end the proxy
+            self._log.exception("source failed; what it delivered stays in force", error)
+            self._engine.sink.put([Health("failed", f"the source has ended by a bug: {error}")])
 
     def _say_what_is_missing(self) -> None:
         if (
@@ -315,12 +328,3 @@ def probe(cell: BackendCell, context: BackendContext, log: Log) -> None:
         log.warning("host", warning=warning)
     if found.problems:
         raise KernelError(f"this host cannot carry the {cell.name} backend: {'; '.join(found.problems)}")
-
-
-def _run_source(source: Source, engine: Engine, log: Log) -> None:
-    try:
-        source.run(engine.sink)
-    except SourceError as error:
-        log.error("source ended; what it delivered stays in force", error=error)
-    except Exception as error:  # a source's bug must not end the proxy
-        log.exception("source failed; what it delivered stays in force", error)

@@ -115,7 +115,8 @@ class Saver:
                 self._first = False
             mark_incomplete(self._path, self._node, self._origin)
         except OSError as error:
-            self._fail(error)
+            if not self._problem:
+                self._fail(error)
 
     def _make_way(self) -> None:
         """Before the first touch: what is there may be somebody's last good state, though not ours."""

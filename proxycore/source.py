@@ -50,22 +50,26 @@ class Trouble(msgspec.Struct, frozen=True):
 
     An empty `reason` says that the trouble with this subject is over.  `harmless`: nothing is missing because of it.
     `tolerable`: something is, but a start need not wait for it, although rules of an earlier run may still have it.
+    `kind`: nothing of this kind can be had.
     """
 
     subject: str
     reason: str
     harmless: bool = False
     tolerable: bool = False
+    kind: Kind | None = None
 
 
 class Health(msgspec.Struct, frozen=True):
-    """The source's own state: `stale` while it may be missing changes.
+    """The source's own state: `stale` while it may be missing changes, `failed` when it ended by a bug.
 
-    Tell it when it changes; that a watch ends and is taken up again at once is no change.
+    Tell it when it changes; that a watch ends and is taken up again at once is no change.  `since`: of when the newest
+    of what was delivered is, in seconds since the epoch, where that is older than this word.
     """
 
-    state: Literal["live", "stale", "ended"]
+    state: Literal["live", "stale", "ended", "failed"]
     reason: str = ""
+    since: float | None = None
 
 
 Event = Applied | Deleted | Replaced | Listed | Synced | Trouble | Health

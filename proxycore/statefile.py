@@ -101,6 +101,15 @@ def mark_incomplete(path: str, node: str, origin: str) -> None:
         os.close(descriptor)
 
 
+def can_be_marked(path: str) -> bool:
+    """Could mark_incomplete() have written to it?  Where it could not, nobody knows what came after it."""
+    try:
+        os.close(os.open(path, os.O_WRONLY | _FLAGS))
+    except OSError:
+        return False
+    return True
+
+
 def set_aside(path: str) -> str:
     """Give a file that cannot be used another name, under which people can look at it; that name."""
     name = f"{path}.refused"

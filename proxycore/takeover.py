@@ -357,7 +357,11 @@ def clean_up_apart(name: str, node_name: str, seconds: float) -> Answer:
     except subprocess.TimeoutExpired:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
-        process.communicate()
+        # One that left the group may hold the pipes for as long as it lives; nobody waits for that.
+        for pipe in (process.stdout, process.stderr):
+            if pipe is not None:
+                pipe.close()
+        process.wait()
         return Answer(error=f"its clean-up did not end within {seconds:g} s and was killed")
     try:
         return msgspec.json.decode(output.strip().rpartition(b"\n")[2], type=Answer)

@@ -40,7 +40,9 @@ class Tally:
     def take_health(self, health: Health, now: float) -> bool:
         """The source's state; True if it is news."""
         news = health != self.source
-        if health.state != self.source.state:
+        if health.since is not None:
+            self._source_since = health.since
+        elif health.state != self.source.state:
             self._source_since = now
         self.source = health
         return news

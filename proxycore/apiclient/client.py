@@ -6,6 +6,7 @@ here: they cost a second and 50 MB.  It is imported at the first request.
 
 from __future__ import annotations
 
+import hashlib
 import os
 import random
 import re
@@ -72,6 +73,8 @@ class APIClient:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.server = access.server
+        self.identity = _identity(access)
+        """By which a cluster is known: every one may have the same URL, and none another's authority."""
         self._settings = settings
         self._access = access
         self._user_agent = user_agent
@@ -409,6 +412,20 @@ def _values(access: Access, credential: execplugin.Credential | None, files: lis
         "clusters": [{"name": "it", "cluster": cluster}],
         "users": [{"name": "it", "user": user}],
     }
+
+
+def _identity(access: Access) -> str:
+    """The server's URL, and a digest of the authority that vouches for it."""
+    authority = access.ca
+    if isinstance(authority, str) and authority:
+        try:
+            with open(authority, "rb") as file:
+                authority = file.read()
+        except OSError:
+            return access.server
+    if not authority or isinstance(authority, str):
+        return access.server
+    return f"{access.server} (authority {hashlib.sha256(authority).hexdigest()[:16]})"
 
 
 def _path(value: str | bytes, files: list[int]) -> str:

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import threading
 import time
+from contextlib import suppress
 from datetime import UTC, datetime
 from typing import Annotated
 
@@ -19,6 +20,7 @@ from ..errors import SourceError
 from .kubeconfig import Access
 
 TIME_LIMIT_SECONDS = 60.0
+_KILLED_SECONDS = 5.0
 _POLL_SECONDS = 0.05
 _VERSIONS = ("client.authentication.k8s.io/v1", "client.authentication.k8s.io/v1beta1")
 _SHOWN = 300
@@ -99,8 +101,13 @@ def _wait(
                     raise SourceError(f"{name}: did not end within {limit:g} s and was killed") from None
     except SourceError:
         # With all that it may have started, which would hold its output open.
-        os.killpg(process.pid, signal.SIGKILL)
-        process.communicate()
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        # One that left the group may hold the pipes for as long as it lives; nobody waits for that.
+        for pipe in (process.stdout, process.stderr):
+            if pipe is not None:
+                pipe.close()
+        process.wait(_KILLED_SECONDS)
         raise
 
 

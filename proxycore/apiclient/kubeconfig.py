@@ -309,6 +309,11 @@ def _url(text: str, where: str) -> str:
     scheme, _, host = url.partition("://")
     if scheme not in ("http", "https") or not host or not url.isprintable() or " " in url:
         raise SourceError(f"{where}: server {text!r} is no URL such as https://192.0.2.1:6443")
+    if "@" in host.partition("/")[0]:
+        # It would be shown wherever the server is named.
+        raise SourceError(
+            f"{where}: the server's URL must not hold a user or a password; use a user of the kubeconfig"
+        )
     return url
 
 

@@ -252,11 +252,11 @@ class Resolver:
     def _addresses(self) -> dict[str, str | None]:
         bind = self._try("bindAddress", parse_address, self.values["bindAddress"]) or "0.0.0.0"
         any_address, loopback = ("::", "::1") if ":" in bind else ("0.0.0.0", "127.0.0.1")
-        return {
-            "bind_address": bind,
-            "healthz_bind_address": self._listener("healthzBindAddress", any_address, HEALTHZ_PORT),
-            "metrics_bind_address": self._listener("metricsBindAddress", loopback, METRICS_PORT),
-        }
+        healthz = self._listener("healthzBindAddress", any_address, HEALTHZ_PORT)
+        metrics = self._listener("metricsBindAddress", loopback, METRICS_PORT)
+        if healthz is not None and healthz == metrics:
+            self._problem("metricsBindAddress", f"{metrics} is the address of healthzBindAddress, too")
+        return {"bind_address": bind, "healthz_bind_address": healthz, "metrics_bind_address": metrics}
 
     def _listener(self, path: str, host: str, port: int) -> str | None:
         text: str = self.values[path]

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 from ..backend import ApplyResult
-from ..changes import ChangeBatch, ServiceChange
+from ..changes import SNAPSHOT, ChangeBatch, ServiceChange
 from ..model import Family, FrontendKind, PoolName, ServicePortName, ServiceState, WhenEmpty
 from .families import DURATION, PROGRAMMING, TRIGGER
 from .values import Histogram, Labels, Values, one
@@ -111,7 +111,7 @@ class Recorder:
     def applied(self, batch: ChangeBatch, result: ApplyResult, seconds: float, now: float) -> None:
         """A batch is in force since `now`, in seconds since the epoch, but for the exceptions in `result`."""
         done = self._in_force.take(batch, result)
-        if batch.full and seconds == 0.0:
+        if batch.reason == SNAPSHOT:
             # Nothing was programmed: this only brings us up to date after we missed events.
             return
         self._sync_took(batch, seconds)

@@ -10,7 +10,7 @@ from ..model import Family, ServicePortName
 from ..status import Facts
 from .values import Labels, Samples, Values, one
 
-STATES = ("live", "stale", "ended")
+STATES = ("live", "stale", "ended", "failed")
 
 
 def of_facts(facts: Facts, families: Sequence[Family]) -> Values:

@@ -8,6 +8,7 @@ storm is one look.  It needs no right but to create Events.
 
 from __future__ import annotations
 
+import random
 import re
 import secrets
 import threading
@@ -34,10 +35,12 @@ START_ACTION = "StartKubeProxy"
 PROGRAM_ACTION = "ProgramService"
 GATHER_SECONDS = 1.0
 """So long after a batch it is looked at what is refused; what is put right within is not worth an Event."""
+SPREAD = 30.0
+"""Up to so many times as long: the cluster's nodes do not all speak at once."""
 LOOK_SECONDS = 10.0
 AGAIN_SECONDS = 300.0
 """A Service whose reason changes is told again after this time at the earliest; so is a summary."""
-BURST = 20
+BURST = 5
 PER_SECOND = 0.1
 """Events: at once, and in the long run."""
 QUEUE = 100
@@ -168,7 +171,8 @@ class EventsObserver:
             if self._worker is None:
                 return
             self._gone |= gone
-            soon = time.monotonic() + GATHER_SECONDS
+            # Every node may have met the same Service at the same moment.
+            soon = time.monotonic() + GATHER_SECONDS * random.uniform(1.0, SPREAD)
             if self._look_at is None or self._look_at > soon:
                 self._look_at = soon
                 self._changed.notify_all()

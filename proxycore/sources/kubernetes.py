@@ -69,7 +69,7 @@ class KubernetesSource:
     """Lists and watches until stopped.  `origin`: URL of the API server, by which its objects are known for its own."""
 
     def __init__(self, client: APIClient, node_name: str) -> None:
-        self.origin = client.server
+        self.origin = client.identity
         self._client = client
         self._node_name = node_name
         self._stopping = threading.Event()
@@ -89,7 +89,7 @@ class KubernetesSource:
         outlet = _Outlet(sink, self)
         log = get("kubernetes")
         followed = resources(self._node_name)
-        board = self._board = Board(followed, self.origin, outlet.put)
+        board = self._board = Board(followed, self._client.server, outlet.put)
         threads = [
             threading.Thread(
                 target=Reflector(resource, self._client, board, outlet.put, self._stopping, log).run,

@@ -12,14 +12,14 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 
 from ..decode import describe, key_of
 from ..errors import SourceError
 from ..hookspecs import hookimpl
 from ..logs import Log
-from ..objects import APIObject, Kind
+from ..objects import API_VERSIONS, Kind
 from ..savedstate import Saved, check_owner
 from ..source import (
     Applied,
@@ -34,22 +34,20 @@ from ..source import (
     Synced,
     Trouble,
 )
-from ..statefile import read
+from ..statefile import can_be_marked, read
 
 
 class Fallback:
     """Runs `source`; serves what `path` holds if that is not synced within `wait_seconds`, or is out of reach before.
 
     A state of another node or another origin is refused, and so is a damaged file: then there is nothing to fall back on, and
-    `problem` says why.  `path` None: no state is kept.
-    An object of the first lists that cannot be read is as it was saved; where that says nothing of it, it is left out, and
-    all others go on.
+    `problem` says why.  At the source's Synced, what it could not read or list at all is as it was saved.
     """
 
     def __init__(
         self,
         source: Source,
-        path: str | None,
+        path: str,
         *,
         node: str,
         origin: str,
@@ -58,22 +56,24 @@ class Fallback:
         clock: Callable[[], float] = time.time,
     ) -> None:
         self.live = threading.Event()
-        """The source has delivered its first complete lists."""
+        """The source has come to its Synced."""
         self.problem = ""
         self.origin = origin
         self._source = source
-        self._path = path
+        self.path = path
         self._node = node
         self._wait_seconds = wait_seconds
         self._log = log
         self._clock = clock
         self._lock = threading.Lock()
+        """Held while something is handed over, until the source is live: what is saved must not come after what is newer."""
         self._hurry = threading.Event()
         """There is nothing to wait for: the source is live, out of reach, or over."""
         self._spoken_of: dict[Kind, set[tuple[str, str]]] = {}
         self._listed: set[Kind] = set()
         self._troubles: dict[str, Trouble] = {}
         self._fallen_back: Saved | None = None
+        self._source_is_stale = False
         self._stopped = False
 
     def run(self, sink: Sink) -> None:
@@ -105,26 +105,25 @@ class Fallback:
             if self._stopped or self.live.is_set():
                 return
             self._fallen_back = saved
-            events: list[Event] = [*self._missing(saved), Health("stale", self._age())]
-            if not saved.header.complete:
+            complete = bool(saved.header.complete) and can_be_marked(self.path)
+            self._log.warning(
+                "serving the last known good state",
+                file=self.path,
+                age_seconds=round(self._clock() - saved.header.saved_at),
+                complete=complete,
+            )
+            events: list[Event] = [*self._missing(saved, API_VERSIONS.keys() - self._listed), self._stale()]
+            if not complete:
                 events.append(
                     Trouble(self._subject(), "changes that came after it was written are not in it")
                 )
-            self._log.warning(
-                "serving the last known good state",
-                file=self._path,
-                age_seconds=round(self._clock() - saved.header.saved_at),
-                complete=bool(saved.header.complete),
-            )
             sink.put([*events, Synced()])
 
     def _read(self) -> Saved | None:
-        if self._path is None:
-            return None
         try:
-            saved = read(self._path)
+            saved = read(self.path)
             if saved is not None:
-                check_owner(saved.header, self._path, self._node, self.origin)
+                check_owner(saved.header, self.path, self._node, self.origin)
         except SourceError as error:
             self.problem = str(error)
             self._log.error(
@@ -133,42 +132,51 @@ class Fallback:
             return None
         return saved
 
-    def _missing(self, saved: Saved) -> Iterator[Applied]:
-        """What is saved and the source has not spoken of."""
+    def _missing(self, saved: Saved, kinds: Collection[Kind]) -> Iterator[Applied]:
+        """What is saved of these kinds and the source has not spoken of."""
         for found in saved.lists:
-            if found.kind not in self._listed:
+            if found.kind in kinds:
                 known = self._spoken_of.get(found.kind, set())
                 for item in found.objects:
                     if key_of(item)[1:] not in known:
                         yield Applied(item)
 
     def _subject(self) -> str:
-        return f"saved state {self._path}"
+        return f"saved state {self.path}"
 
-    def _age(self, reason: str = "") -> str:
+    def _stale(self, reason: str = "") -> Health:
         assert self._fallen_back is not None
-        age = max(0, round(self._clock() - self._fallen_back.header.saved_at))
-        return f"serving the state that was saved {age} s ago{f'; {reason}' if reason else ''}"
+        saved_at = self._fallen_back.header.saved_at
+        when = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(saved_at))
+        text = f"serving the state that was saved at {when}{f'; {reason}' if reason else ''}"
+        return Health("stale", text, saved_at)
 
     # -- the live source -------------------------------------------------------------------------------------------
 
     def put(self, sink: Sink, events: list[Event]) -> None:
-        """What the source delivers."""
+        """What the source delivers; from any of its threads."""
         if self.live.is_set():
             sink.put(events)
             return
         with self._lock:
+            if self.live.is_set():
+                sink.put(events)
+                return
             now: list[Event] = []
             for place, event in enumerate(events):
                 match event:
                     case Synced():
-                        now += self._settled()
-                        now += events[place:]
-                        break
+                        sink.put([*now, *self._settled(), *events[place:]])
+                        # Last: from here on other threads do not wait for the lock.
+                        self.live.set()
+                        self._hurry.set()
+                        return
                     case Health():
+                        self._source_is_stale = event.state == "stale"
                         if event.state != "live":
                             self._hurry.set()
-                        now.append(self._health(event))
+                        stale = self._source_is_stale and self._fallen_back is not None
+                        now.append(self._stale(event.reason) if stale else event)
                     case Trouble():
                         self._troubles[event.subject] = event
                     case _:
@@ -187,32 +195,32 @@ class Fallback:
             case _:
                 self._listed.add(event.kind)
 
-    def _health(self, health: Health) -> Health:
-        if self._fallen_back is None or health.state != "stale":
-            return health
-        return Health("stale", self._age(health.reason))
-
     def _settled(self) -> list[Event]:
-        """The source has come to its Synced: what it could not read is as it was last known."""
-        self.live.set()
-        self._hurry.set()
-        self._spoken_of.clear()
-        events: list[Event] = []
-        if self._fallen_back is not None:
-            events.append(Trouble(self._subject(), ""))
+        """What has to be delivered before the source's Synced: the rest of what is known."""
         troubles = [trouble for trouble in self._troubles.values() if trouble.reason]
-        self._troubles.clear()
-        known = self._last_known() if troubles else {}
+        unavailable = {trouble.kind for trouble in troubles if trouble.kind} - self._listed
+        events: list[Event] = []
+        saved = self._fallen_back or (self._read() if troubles else None)
+        if self._fallen_back is not None:
+            events += (
+                Listed(kind, frozenset(self._spoken_of.get(kind, ())))
+                for kind in API_VERSIONS.keys() - self._listed - unavailable
+            )
+            events.append(Trouble(self._subject(), ""))
+            if not self._source_is_stale:
+                events.append(Health("live"))
+        elif saved is not None:
+            events += self._missing(saved, unavailable)
+        known = {describe(key_of(item)): item for item in saved.objects} if saved and troubles else {}
         for trouble in troubles:
             if trouble.subject in known:
                 events.append(Applied(known[trouble.subject]))
-            harmless = trouble.harmless or trouble.subject in known
-            events.append(Trouble(trouble.subject, trouble.reason, harmless=harmless, tolerable=True))
+                trouble = Trouble(trouble.subject, trouble.reason, harmless=True)
+            events.append(trouble)
+        self._fallen_back = None
+        self._spoken_of.clear()
+        self._troubles.clear()
         return events
-
-    def _last_known(self) -> dict[str, APIObject]:
-        saved = self._fallen_back or self._read()
-        return {describe(key_of(item)): item for item in saved.objects} if saved else {}
 
 
 class _Gate:

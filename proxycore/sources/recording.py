@@ -82,7 +82,7 @@ class _Trouble(_Line, frozen=True, tag="trouble"):
 
 
 class _Health(_Line, frozen=True, tag="health"):
-    state: Literal["live", "stale", "ended"]
+    state: Literal["live", "stale", "ended", "failed"]
     reason: str = ""
 
 
@@ -128,7 +128,7 @@ def _line(t: float, event: Event) -> _Line:
             return _Synced(t)
         case Trouble(subject, reason):
             return _Trouble(t, _text(subject), _text(reason))
-        case Health(state, reason):
+        case Health(state, reason, _):
             return _Health(t, state, _text(reason))
 
 

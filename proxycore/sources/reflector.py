@@ -41,9 +41,14 @@ RARELY_SECONDS = 300.0
 """Between two looks for what the server does not serve, or does not show us, and we do without."""
 SHORT_SECONDS = 5.0
 """A watch that ended sooner, and said nothing, is no success."""
+REFUSALS = 3
+"""So many refused watches in a row lead to a new list."""
 SHORT_WATCHES = 3
 """So many in a row count as a failure."""
 MAX_RETRY_AFTER_SECONDS = 300.0
+DENIED_SECONDS = 120.0
+"""So long somebody may be about to admit us."""
+DENIED_PAUSE_SECONDS = 10.0
 _READ_BYTES = 1 << 18
 _SHOWN = 200
 
@@ -90,6 +95,9 @@ class Reflector:
         self._nameless = 0
         self._failures = 0
         self._short = 0
+        self._refusals = 0
+        """Watches in a row that a server has refused."""
+        self._denied_at: float | None = None
         self._skipped: set[str] = set()
         self.lists_total = 0
         self.watches_total = 0
@@ -114,10 +122,12 @@ class Reflector:
 
     def _list(self) -> None:
         """Deliver everything.  Raises SourceError: what was delivered so far is true, and not all."""
+        # What a server has at hand may be older than what another one has told us: that is good enough for a start only.
+        exact = self._exact or bool(self._known)
         try:
-            present, misfits, version = self._pages("" if self._exact else "0")
+            present, misfits, version = self._pages("" if exact else "0")
         except _Refused as error:
-            if error.code == 410 and not self._exact:
+            if error.code == 410 and not exact:
                 self._exact = True
                 present, misfits, version = self._pages("")
             else:
@@ -296,14 +306,18 @@ class Reflector:
             self._exact = True
             self._ended("it forgets changes faster than they can be followed")
             return
-        if error.code in (400, 405, 422):
+        self._refusals += 1
+        if error.code in (400, 405, 422) or (error.code >= 500 and self._refusals >= REFUSALS):
+            # It answers, and not for this version: perhaps it has never heard of it, after a restore.
             self._version = ""
             self._exact = True
+            self._refusals = 0
         raise error
 
     def _lasted(self, short: int = 0) -> None:
         """The watch is a success."""
-        self._failures, self._short = 0, short
+        self._failures, self._short, self._refusals = 0, short, 0
+        self._denied_at = None
         self._board.watched(self._resource.kind)
 
     def _ended(self, problem: str) -> None:
@@ -347,13 +361,20 @@ class Reflector:
         if isinstance(error, _Refused):
             pause = max(pause, min(error.retry_after, MAX_RETRY_AFTER_SECONDS))
         if not resource.essential and code == 403:
-            self._board.excuse(
-                resource.kind,
-                f"the API server does not show us any: {error}; going on without, and the role of deploy/rbac.yaml would "
-                "admit us",
-            )
-            return jittered(RARELY_SECONDS)
+            # A server that has just started refuses everybody until it knows its roles.
+            now = time.monotonic()
+            self._denied_at = self._denied_at or now
+            if now - self._denied_at >= DENIED_SECONDS:
+                self._board.excuse(
+                    resource.kind,
+                    f"the API server does not show us any: {error}; going on without, and the role of deploy/rbac.yaml would "
+                    "admit us",
+                )
+                return jittered(RARELY_SECONDS)
+            pause = min(pause, DENIED_PAUSE_SECONDS)
         if resource.kind == "ServiceCIDR" and code == 404:
+            self._known.clear()
+            self._put([Listed(resource.kind, frozenset())])
             self._board.excuse(resource.kind, "")
             return jittered(RARELY_SECONDS)
         self._board.failed(resource.kind, str(error))
@@ -361,7 +382,8 @@ class Reflector:
 
     def _spoilt(self, misfit: Misfit) -> list[Event]:
         assert misfit.names is not None
-        trouble = Trouble(misfit.subject, misfit.reason)
+        # One object must not hold all others back, at a start least of all.
+        trouble = Trouble(misfit.subject, misfit.reason, tolerable=True)
         if self._bad.get(misfit.names) == trouble:
             return []
         self._bad[misfit.names] = trouble

@@ -81,7 +81,7 @@ class Board:
         """A list was delivered."""
         with self._lock:
             state = self._states[kind]
-            state.complete, state.excused, state.heard_at = True, False, self._wall()
+            state.complete, state.excused, state.problem, state.heard_at = True, False, "", self._wall()
             self._tell(self._trouble(kind, ""))
 
     def watched(self, kind: Kind) -> None:
@@ -133,7 +133,7 @@ class Board:
         self._troubles[subject] = reason
         # Without ServiceCIDRs addresses of no Service are not dropped, and that is all.
         harmless = not reason or kind == "ServiceCIDR"
-        return [Trouble(subject, reason, harmless=harmless, tolerable=not harmless)]
+        return [Trouble(subject, reason, harmless=harmless, tolerable=not harmless, kind=kind)]
 
     def _tell(self, events: list[Event]) -> None:
         """Add what follows from the states, and hand over."""
@@ -154,7 +154,9 @@ class Board:
     def _health(self) -> Health | None:
         """None: as was told."""
         failing = {
-            kind: state.problem for kind, state in self._states.items() if state.problem and not state.excused
+            kind: state.problem
+            for kind, state in self._states.items()
+            if state.problem and not state.excused and (self.synced or self._resources[kind].essential)
         }
         if not failing:
             self._told_problem = ""

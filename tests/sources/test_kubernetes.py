@@ -190,6 +190,7 @@ def test_service_cidrs_are_not_everywhere(server):
 @pytest.mark.parametrize("resource", ["nodes", "servicecidrs"])
 def test_what_a_proxy_can_do_without_may_be_forbidden(server, resource, monkeypatch):
     monkeypatch.setattr(reflector, "RARELY_SECONDS", 0.05)
+    monkeypatch.setattr(reflector, "DENIED_SECONDS", 0.0)
     server.fail(resource, "list", status=403, times=3, message="no such right")
     with followed(server) as sink:
         sink.until(lambda s: s.synced and s.troubles)
@@ -200,6 +201,16 @@ def test_what_a_proxy_can_do_without_may_be_forbidden(server, resource, monkeypa
         # It is looked for again, and the trouble is over when it is there.
         sink.until(lambda s: not s.troubles and live(s))
         assert len({key[0] for key in sink.objects}) == 4
+
+
+@pytest.mark.parametrize("resource", ["nodes", "servicecidrs"])
+def test_a_server_that_does_not_know_its_roles_yet_is_asked_again_soon(server, resource, monkeypatch):
+    monkeypatch.setattr(reflector, "RARELY_SECONDS", 1000.0)
+    server.fail(resource, "list", status=403, times=2)
+    with followed(server) as sink:
+        sink.until(live)
+        assert len({key[0] for key in sink.objects}) == 4
+        assert sink.troubles == {}
 
 
 def test_the_rest_waits_only_so_long_for_what_it_can_do_without(server, monkeypatch):

@@ -6,7 +6,7 @@ import msgspec
 import pytest
 
 from proxycore.backend import ApplyResult, Failure
-from proxycore.changes import UNKNOWN, ChangeBatch, HostChange, ServiceChange, change
+from proxycore.changes import SNAPSHOT, UNKNOWN, ChangeBatch, HostChange, ServiceChange, change
 from proxycore.metrics.recorder import InForce, Lacks, Recorder, lacks
 from proxycore.metrics.values import Histogram
 from proxycore.model import (
@@ -265,7 +265,8 @@ def test_trigger_to_kernel_is_the_batchs():
 
 def test_being_brought_up_to_date_is_no_batch():
     made = recorder()
-    made.applied(batch(put(LACKING, NOW - 1), full=True, oldest_trigger_time=NOW - 1), APPLIED, 0.0, NOW)
+    sent = batch(put(LACKING, NOW - 1), full=True, reason=SNAPSHOT, oldest_trigger_time=NOW - 1)
+    made.applied(sent, APPLIED, 0.0, NOW)
     values = made.values()
     assert values["proxycore_service_ports"]["IPv4",] == 1
     assert count(made, SYNC, "IPv4") == count(made, PROGRAMMING, "IPv4") == (0, 0.0)
