@@ -36,10 +36,11 @@ def _bytes(path: str) -> bytes | None:
         return None
     except OSError as error:
         raise SourceError(f"{path}: cannot be read: {error.strerror}") from None
+    found = os.fstat(descriptor)
+    if not stat.S_ISREG(found.st_mode):
+        os.close(descriptor)
+        raise SourceError(f"{path}: is not a regular file")
     with open(descriptor, "rb") as file:
-        found = os.fstat(descriptor)
-        if not stat.S_ISREG(found.st_mode):
-            raise SourceError(f"{path}: is not a regular file")
         if found.st_uid not in (0, os.geteuid()) or found.st_mode & 0o022:
             raise SourceError(
                 f"{path}: others than its owner could have written it (uid {found.st_uid}, mode "

@@ -26,7 +26,6 @@ from .config.model import Takeover as Mode
 from .errors import InternalError, KernelError, ProxyError
 from .kernel import kubeproxy, presence
 from .kernel.kubeproxy import Census, Part
-from .kernel.nftables import NftFamily
 from .logs import Log
 from .model import HostState
 from .plugins import list_plugins, load_backend
@@ -90,7 +89,6 @@ class Takeover:
         self._hold = hold
         self._stopping = threading.Event()
         self._expected = False
-        self._tables: tuple[tuple[NftFamily, str], ...] = ()
         self._said: set[str] = set()
         self.problem: str | None = None
         """Why the node is not ours alone, in a sentence; None: it is, or it is not known yet.  Any thread may read it."""
@@ -113,7 +111,7 @@ class Takeover:
             else:
                 self._log.exception("cannot look for kube-proxy's rules", error)
             return
-        self._expected, self._tables = found.found, found.nft_tables
+        self._expected = found.found
         if not found.found:
             return
         if self._mode == "refuse":
@@ -200,7 +198,6 @@ class Takeover:
             try:
                 found = self._look()
                 failure = None
-                self._tell_of_tables(found)
                 if found.removable:
                     # What is here before all was gone once has not come back.
                     returns += clean and found.at_work
@@ -221,12 +218,6 @@ class Takeover:
             return False
         self._log.info("the node is taken over: nothing of kube-proxy's has come back")
         return True
-
-    def _tell_of_tables(self, found: Census) -> None:
-        """A backend may take tables away as its own come into force, in one step."""
-        for table in sorted(set(self._tables) - set(found.nft_tables)):
-            self._log.info("removed", of="kube-proxy", what=f"nftables: table {' '.join(table)}")
-        self._tables = ()
 
     def _remove(self, found: Census) -> None:
         for reason in found.warnings():

@@ -18,6 +18,7 @@ from proxycore.cli import main
 from proxycore.nodefacts import NodeFacts
 from proxycore.observers.conntrack import ConntrackObserver
 from proxycore.sources import reflector
+from proxycore.sources.watchhealth import Board
 from proxycore_nft.backend import NftBackend
 from proxycore_nft.kernel import NetlinkKernel
 
@@ -59,6 +60,14 @@ def fail():
         raise ValueError("a bug")
 
 
+def tick(self):
+    """The source's own thread, looking for trouble."""
+    if ordered("source-fails"):
+        raise ValueError("a bug")
+    return 0.1
+
+
+Board.tick = tick
 before(NodeFacts, "__call__", lambda: hang("engine-hangs"))
 before(NetlinkKernel, "commit", lambda: hang("backend-hangs"))
 before(NetlinkKernel, "commit", refuse)

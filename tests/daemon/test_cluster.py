@@ -102,8 +102,7 @@ def test_a_reboot_without_the_api_server(cluster: Cluster) -> None:
     assert cluster.dial().startswith("!")
     cluster.start()
     wait_until(lambda: cluster.dial() in ENDPOINTS, "served from the file")
-    ready = cluster.get("/readyz")
-    assert "serving the state that was saved" in ready.text
+    assert "serving the state that was saved" in cluster.get("/readyz", 10249).text
     # What happened meanwhile is caught up with.
     cluster.server.apply(endpoint_slice("10.180.0.9"))
     cluster.start_server()
@@ -154,6 +153,24 @@ def test_a_file_that_misses_changes_does_not_undo_them(cluster: Cluster) -> None
         cluster.start()
         dialer.answers.clear()
         dialer.more()
+
+
+def test_a_node_that_may_not_be_read_for_a_moment_is_as_it_was_saved(cluster: Cluster) -> None:
+    def pods() -> str:
+        return cluster.lab.node.run(["nft", "list", "set", "ip", "proxycore", "local-pods"]).stdout
+
+    cluster.run()
+    wait_until(lambda: cluster.state.exists(), "the state is saved")
+    cluster.stop()
+    # An API server that has just started refuses until it knows its roles.
+    refusing = cluster.server.fail("nodes", status=403, times=None)
+    cluster.start()
+    wait_until(lambda: (check := cluster.check("programmed")) and check["healthy"], "programmed")
+    assert "10.180.0.0/24" in pods()
+    assert cluster.check("node", "/healthz")["healthy"]
+    refusing.over()
+    cluster.server.apply(node(podCIDRs=["10.181.0.0/24"]))
+    wait_until(lambda: "10.181.0.0/24" in pods(), "the Node is followed again")
 
 
 def test_no_connect_fails_over_restarts_and_changes(cluster: Cluster) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -74,6 +75,9 @@ def test_a_backend_that_hangs(sick: Node) -> None:
 def test_a_kernel_that_refuses_everything(sick: Node) -> None:
     sick.cluster.run()
     sick.break_("kernel-refuses")
+    for number in range(1, 5):
+        # One that is refused alone would be set aside.
+        sick.cluster.server.apply(service(f"more-{number}", f"172.30.0.{100 + number}"))
     sick.cluster.server.apply(endpoint_slice("10.180.0.9"))
     sick.red("pending", "/readyz", said="Operation not permitted")
     assert sick.cluster.get("/healthz").status == 503
@@ -97,7 +101,11 @@ def test_a_service_that_is_refused(sick: Node) -> None:
     sick.break_("service-refused")
     sick.cluster.server.apply(service("unlucky", "172.30.0.66"))
     sick.red("quarantined", "/readyz", said="it is bad luck")
+    # Others are served, however long it lasts.
+    time.sleep(4 * PERIOD_SECONDS)
+    assert sick.cluster.check("quarantined")["healthy"] is False
     assert sick.cluster.get("/readyz").status == 200
+    assert sick.cluster.get("/healthz").status == 200
     sick.assert_alive()
     sick.mend()
     sick.green("quarantined")
@@ -208,6 +216,13 @@ def test_a_node_that_is_about_to_go(sick: Node) -> None:
     sick.cluster.server.apply(node(metadata={"deletionTimestamp": "2026-01-01T00:00:00Z"}))
     sick.red("node", "/healthz", said="being deleted")
     sick.assert_alive()
+
+
+def test_a_source_that_ends_by_a_bug(sick: Node) -> None:
+    sick.cluster.run()
+    sick.break_("source-fails")
+    sick.red("source-thread", "/livez", said="a bug")
+    assert sick.cluster.dial().startswith("10.180.0.")
 
 
 def test_a_port_that_is_taken(sick: Node) -> None:

@@ -237,6 +237,18 @@ def wait_for_problem(rig):
     raise AssertionError("no problem was found")
 
 
+def test_a_state_that_could_not_have_been_marked_counts_as_incomplete(rig, monkeypatch):
+    """A disk that turned read-only: whatever came after the last write is in the kernel alone."""
+    monkeypatch.setattr("proxycore.sources.lastgood.can_be_marked", lambda path: False)
+    rig.save(service("web"))
+    rig.start()
+    rig.sink.wait_for(synced)
+    told = [event for event in rig.sink.events if isinstance(event, Trouble)]
+    assert [trouble.subject for trouble in told] == [f"saved state {rig.path}"]
+    assert not told[0].harmless
+    assert not told[0].tolerable
+
+
 @pytest.mark.parametrize(
     ("whose", "said"),
     [({"node": "other"}, "is the state of node 'other'"), ({"origin": "https://x"}, "'https://x'")],

@@ -203,6 +203,11 @@ def test_a_symbolic_link_is_not_followed(place, tmp_path):
         statefile.read(str(link))
 
 
+def test_a_folder_is_no_file(tmp_path):
+    with pytest.raises(SourceError, match="is not a regular file"):
+        statefile.read(str(tmp_path))
+
+
 def test_a_pipe_does_not_hold_the_start(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(SourceError, match="is not a regular file"):

@@ -52,7 +52,6 @@ class NftBackend:
         self._kernel: Kernel | None = None
         self._tables: dict[Family, LiveTable] = {}
         self._host: HostState | None = None
-        self._takes_over = False
         self._base = 0
         """Generations of the ruleset that others have caused."""
         self._own = 0
@@ -85,7 +84,6 @@ class NftBackend:
         self._kernel = self._open_kernel()
         self._tables = {}
         self._host = context.host
-        self._takes_over = context.takeover == "auto"
         self._base = self._kernel.generation()
         notes: list[str] = []
         for family in context.families:
@@ -183,15 +181,6 @@ class NftBackend:
             generation=batch.generation, failed=tuple(failed), operations=transaction.operations
         )
 
-    def _without_kube_proxy(self) -> str:
-        """Text that takes away the tables of kube-proxy's nftables mode, where there are any."""
-        kernel = self._require()
-        return "".join(
-            f"delete table {nft} {offline.KUBE_PROXY_TABLE}\n"
-            for nft in (table.nft for table in self._tables.values())
-            if offline.KUBE_PROXY_TABLE in kernel.tables(nft)
-        )
-
     def _switch(self) -> None:
         """New tables get the hooks, then those that they replace go; a packet may meet both, but never neither."""
         tables = self._tables.values()
@@ -201,14 +190,8 @@ class NftBackend:
             for table in tables:
                 table.switched()
         text = "".join(table.leave_text() for table in tables)
-        # With no Service of ours in force theirs are all that works; the core decides then.
-        taking_over = self._takes_over and any(table.mirror.entries for table in tables)
-        if taking_over:
-            text += self._without_kube_proxy()
         if text:
             self._load(text)
-        if taking_over:
-            self._takes_over = False
         for table in tables:
             table.left()
 

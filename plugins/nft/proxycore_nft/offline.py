@@ -23,9 +23,6 @@ from .kernel import Element, Kernel
 from .program import HOST_SETS, INTERVAL_SETS, Stage, Table
 from .transaction import Transaction
 
-KUBE_PROXY_TABLE = "kube-proxy"
-"""Table of kube-proxy's nftables mode."""
-
 
 def probe(open_kernel: Callable[[], Kernel], context: BackendContext) -> Probe:
     """Ask nft to check the skeleton against this kernel, and look for other owners of Services; nothing is loaded."""
@@ -53,7 +50,7 @@ def probe(open_kernel: Callable[[], Kernel], context: BackendContext) -> Probe:
 
 
 def _census(open_kernel: Callable[[], Kernel], context: BackendContext, problems: list[str]) -> None:
-    """Who else translates Services here?  Matters for `refuse` alone: the core tells of kube-proxy otherwise."""
+    """Is an earlier run of ours in force here?  Matters for `refuse`; of kube-proxy the core tells."""
     if context.takeover != "refuse":
         return
     kernel = open_kernel()
@@ -64,10 +61,6 @@ def _census(open_kernel: Callable[[], Kernel], context: BackendContext, problems
                 for live in adopt.survey(kernel, nft)
                 if live.hooked
             )
-            if KUBE_PROXY_TABLE in kernel.tables(nft):
-                problems.append(
-                    f"table {nft} {KUBE_PROXY_TABLE} of kube-proxy's nftables mode is there (takeover: refuse)"
-                )
     finally:
         kernel.close()
 

@@ -495,28 +495,14 @@ def test_cleaning_up_takes_every_table_of_ours_and_no_other():
     assert backend.proxycore_backend_cleanup(context()).removed == ()
 
 
-def test_kube_proxys_tables_stay_while_ours_serve_nothing():
-    kernel = FakeKernel()
-    kernel.load("table ip kube-proxy {\n\tchain services {\n\t}\n}\n")
-    backend = NftBackend(open_kernel=lambda: kernel)
-    backend.proxycore_backend_start(context())
-    assert backend.proxycore_backend_apply(full()).outcome == "applied"
-    assert "kube-proxy" in kernel.tables("ip")
-    assert backend.proxycore_backend_verify(True).drift == ()
-    assert backend.proxycore_backend_apply(batch(numbered(1, 3))).outcome == "applied"
-    assert "kube-proxy" not in kernel.tables("ip")
-    assert backend.proxycore_backend_verify(True).drift == ()
-
-
 @pytest.mark.parametrize("takeover", ["auto", "leave"])
-def test_kube_proxys_tables_go_once_ours_have_the_hooks(takeover):
+def test_kube_proxys_tables_are_the_cores_affair(takeover):
     kernel = FakeKernel()
     kernel.load("table ip kube-proxy {\n\tchain services {\n\t}\n}\n")
     backend = NftBackend(open_kernel=lambda: kernel)
     backend.proxycore_backend_start(BackendContext(host=HOST, families=("IPv4", "IPv6"), takeover=takeover))
-    assert "kube-proxy" in kernel.tables("ip")
     assert backend.proxycore_backend_apply(full(numbered(1, 3))).outcome == "applied"
-    assert ("kube-proxy" in kernel.tables("ip")) == (takeover == "leave")
+    assert "kube-proxy" in kernel.tables("ip")
     assert backend.proxycore_backend_verify(True).drift == ()
 
 
