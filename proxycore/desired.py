@@ -123,7 +123,13 @@ class Desired:
         for event in events:
             touched = self.store.apply(event)
             if touched.services:
-                self._count(event, len(touched.services))
+                if type(event) is Applied:
+                    if type(event.object) is EndpointSlice:
+                        self.endpoint_changes_total += 1
+                    else:
+                        self.service_changes_total += 1
+                else:
+                    self._count_list(event, len(touched.services))
                 self._touch(touched.services, touched.trigger_times, arrived)
         if host is not None and host != self._host:
             self._host_changed(host, arrived)
@@ -144,13 +150,9 @@ class Desired:
         self._triggers = {}
         return changed
 
-    def _count(self, event: Event, services: int) -> None:
-        """Of a complete list, each Service that it touches counts as one change."""
-        if isinstance(event, Applied):
-            slices, services = isinstance(event.object, EndpointSlice), 1
-        else:
-            slices = isinstance(event, Deleted | Replaced | Listed) and event.kind == "EndpointSlice"
-        if slices:
+    def _count_list(self, event: Event, services: int) -> None:
+        """Of a deletion or a complete list, each Service that it touches counts as one change."""
+        if isinstance(event, Deleted | Replaced | Listed) and event.kind == "EndpointSlice":
             self.endpoint_changes_total += services
         else:
             self.service_changes_total += services
@@ -258,7 +260,7 @@ class Desired:
         before = {state.name: state for state in entry.granted}
         kept = []
         changed = False
-        told = self._told.get(key) if self._told else None
+        told = self._told.get(key)
         for state in granted:
             old = before.pop(state.name, None) if before else None
             if old is not None and old == state:
@@ -267,8 +269,10 @@ class Desired:
             kept.append(state)
             changed = True
             self._note(state.name, old, state)
-            if told is not None and told < self._triggers.get(state.name, inf):
-                self._triggers[state.name] = told
+            if told is not None:
+                known = self._triggers.get(state.name)
+                if known is None or told < known:
+                    self._triggers[state.name] = told
         for name, old in before.items():
             changed = True
             self._note(name, old, None)

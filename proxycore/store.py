@@ -72,9 +72,12 @@ class Store:
 
     def apply(self, event: Event) -> Dirty:
         """Take an event in.  What says the same as what is known, or deletes the unknown, touches nothing."""
+        if type(event) is Applied:  # almost all are, and a pattern costs more
+            touched = self._applied(event.object)
+            if touched is not CLEAN:
+                self.version += 1
+            return touched
         match event:
-            case Applied(object=item):
-                touched = self._applied(item)
             case Deleted(kind=kind, namespace=namespace, name=name):
                 touched = self._deleted(kind, namespace, name)
             case Replaced(kind=kind, objects=items):
