@@ -124,7 +124,7 @@ class Fallback:
             saved = read(self.path)
             if saved is not None:
                 check_owner(saved.header, self.path, self._node, self.origin)
-        except SourceError as error:
+        except (SourceError, OSError, MemoryError) as error:
             self.problem = str(error)
             self._log.error(
                 "the last known good state cannot be used; waiting for the API server", error=error
