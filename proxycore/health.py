@@ -288,7 +288,7 @@ def _saved_state(facts: Facts) -> Check:
     age = max(0.0, facts.now - saved.saved_at) if saved.saved_at is not None else None
     written = f"written {age:.0f} s ago" if age is not None else "not written yet"
     if saved.problem:
-        detail = cut(f"{saved.path} cannot be written ({written}): {saved.problem}")
+        detail = cut(f"{saved.path}, {written}: {saved.problem}")
         return Check(name="saved-state", healthy=False, detail=detail)
     return Check(name="saved-state", healthy=True, detail=written)
 

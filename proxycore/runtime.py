@@ -256,6 +256,8 @@ class _Proxy:
     def run(self) -> int:
         """From the first thread to the last; the exit status."""
         config = self._loaded.config
+        if (other := presence.holder()) is not None:
+            self._log.info("waiting for another proxy in this network namespace to end", pid=other.pid)
         sign = presence.claim()
         if sign is None:
             self._log.warning(

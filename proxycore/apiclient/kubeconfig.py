@@ -210,6 +210,11 @@ def _from_files(paths: Sequence[str], context: str, has_master: bool) -> Access:
     own = _Beside(origin, os.path.dirname(os.path.abspath(user_path)))
     token_file = own.path(user.token_file)
     token = _token(token_file, user.token) if token_file else (user.token or "").strip()
+    if not token.isascii() or (token and not token.isprintable()) or " " in token:
+        # Further on it would be quoted by whoever cannot send it.
+        raise SourceError(
+            f"{origin}: token of the user {entry.context.user}: holds no token but something else"
+        )
     named_files = (
         beside.path(cluster.certificate_authority),
         token_file,

@@ -507,7 +507,8 @@ def run_command_line(arguments: Sequence[str] | None = None) -> int:
         result = app(
             args=None if arguments is None else list(arguments), prog_name="proxyctl", standalone_mode=False
         )
-        sys.stdout.flush()
+        if sys.stdout is not None:  # closed by whoever started us
+            sys.stdout.flush()
     except BrokenPipeError:
         return hang_up()
     except SystemExit as error:

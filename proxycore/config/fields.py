@@ -37,7 +37,7 @@ PROXYCORE_FIELDS: tuple[Field, ...] = (
         "apiServer.staleAfter",
         "duration",
         60 * SECOND,
-        "so long the source may be out of reach before `/readyz` says so; 0s: not at all",
+        "so long the source may be out of reach before `/readyz` says so; 0s: at once",
         zero_is_default=False,
         reload="live",
     ),

@@ -56,7 +56,10 @@ def test_the_proxy_starts_as_it_is_told_to(pod: dict) -> None:
 
 def test_the_init_container_does_only_that(pod: dict) -> None:
     (container,) = pod["initContainers"]
-    assert options(container).init_only
+    found = options(container)
+    assert found.init_only
+    # kubeadm's file names no mode, which would mean kube-proxy's own default.
+    assert found.backend == "nft"
     assert container["securityContext"] == {"privileged": True}
 
 

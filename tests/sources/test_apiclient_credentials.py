@@ -523,3 +523,12 @@ def test_no_key_is_left_on_disk_however_the_process_ends(tmp_path, authority, nu
             process.send_signal(number)
         process.communicate(timeout=20)
         assert list(place.iterdir()) == []
+
+
+@pytest.mark.parametrize("token", ["SECRET\nTOKEN", "SECR\u00c9T", "two words"])
+def test_an_inline_token_that_no_header_can_carry_is_refused_and_not_repeated(tmp_path, token):
+    with FakeAPIServer() as server:
+        path = server.kubeconfig(tmp_path / "config", user={"token": token})
+    with pytest.raises(SourceError, match="holds no token but something else") as caught:
+        connect(APIServer(kubeconfig=path), user_agent="test")
+    assert "SECR" not in str(caught.value)

@@ -225,7 +225,7 @@ def test_the_proxy_may_be_well_on_a_node_that_goes() -> None:
         (
             "disk full",
             "saved-state",
-            "/var/lib/x cannot be written (not written yet): no space left on device",
+            "/var/lib/x, not written yet: no space left on device",
             None,
         ),
         ("configuration waits", "configuration", "waits for a restart: mode", None),
