@@ -76,7 +76,10 @@ class ObserverStatus(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class SavedStatus(msgspec.Struct, frozen=True, kw_only=True):
-    """The last known good state on disk.  `saved_at`: when it was last written; `problem`: why it cannot be."""
+    """The last known good state on disk.  `saved_at`: when it was last written by this run.
+
+    `problem`: why it cannot be written, or why the one that was there cannot be used.
+    """
 
     path: str
     saved_at: float | None = None
