@@ -1,0 +1,125 @@
+"""What the text of rules depends on besides the Services: the configuration, the node's facts, what iptables can do."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import msgspec
+
+from proxycore.api import ConfigError, Family, HostState, LocalPodsByInterface, NodePortAddresses, family_of
+
+VariantChoice = Literal["auto", "legacy", "nft"]
+
+
+class Options(msgspec.Struct, frozen=True, kw_only=True):
+    """The backend's own settings.
+
+    `variant`: of iptables.  `drop_invalid`: drop packets that connection tracking calls invalid; `auto`: unless
+    `nf_conntrack_tcp_be_liberal` is set.  `comments_up_to`: with more endpoints than this in a family their rules carry no comments.
+    `tree_from`: so many rules in the dispatch of nat make it a tree of address prefixes.  `lock_seconds`: so long the
+    xtables lock may be another's.  `chains_per_restore`: with iptables-nft a larger load is cut into pieces of about that size.
+    """
+
+    variant: VariantChoice = "auto"
+    localhost_node_ports: bool = False
+    drop_invalid: Literal["auto", "always", "never"] = "auto"
+    comments_up_to: int = 1000
+    tree_from: int = 200
+    lock_seconds: int = 5
+    chains_per_restore: int = 1000
+
+
+_FIELDS: Mapping[str, tuple[str, tuple[Any, ...] | range | type]] = {
+    "variant": ("variant", ("auto", "legacy", "nft")),
+    "localhostNodePorts": ("localhost_node_ports", bool),
+    "dropInvalid": ("drop_invalid", ("auto", "always", "never")),
+    "commentsUpTo": ("comments_up_to", range(0, 10_000_001)),
+    "treeFrom": ("tree_from", range(0, 10_000_001)),
+    "lockSeconds": ("lock_seconds", range(1, 21)),
+    "chainsPerRestore": ("chains_per_restore", range(1, 1_000_001)),
+}
+"""Name in the configuration: field, and what may stand there."""
+
+
+def parse_options(given: Mapping[str, Any]) -> Options:
+    """Options from `backendOptions.iptables`.  Raises ConfigError naming the field."""
+    values: dict[str, Any] = {}
+    for name, value in given.items():
+        field = f"backendOptions.iptables.{name}"
+        if name not in _FIELDS:
+            raise ConfigError(f"no such setting; there are {', '.join(_FIELDS)}", field=field)
+        attribute, allowed = _FIELDS[name]
+        if isinstance(allowed, type):
+            fits, wanted = isinstance(value, allowed), "true or false"
+        elif isinstance(allowed, range):
+            fits = isinstance(value, int) and not isinstance(value, bool) and value in allowed
+            wanted = f"a number from {allowed.start} to {allowed.stop - 1}"
+        else:
+            fits, wanted = value in allowed, f"one of {', '.join(allowed)}"
+        if not fits:
+            raise ConfigError(f"{value!r} is not {wanted}", field=field)
+        values[attribute] = value
+    return Options(**values)
+
+
+class Features(msgspec.Struct, frozen=True, kw_only=True):
+    """What this host can do.
+
+    `random_fully`: MASQUERADE knows the option.  `nfacct`: there are named counters.  `liberal`: connection tracking was set to
+    be liberal about TCP before we came (`nf_conntrack_tcp_be_liberal`).
+    """
+
+    random_fully: bool = True
+    nfacct: bool = False
+    liberal: bool = False
+
+
+class Shape(msgspec.Struct, frozen=True, kw_only=True):
+    """Everything that rule text of one family depends on besides the Service.
+
+    `local_pods`: how a local pod is told, as the options of a match: `-s 10.0.0.0/8`, `-i cni0`, `-i veth+`; empty:
+    nobody is one.  `comments`: rules of endpoints carry one.
+    """
+
+    family: Family
+    masquerade_bit: int = 14
+    local_pods: str = ""
+    node_ports: NodePortAddresses = NodePortAddresses()
+    localhost_node_ports: bool = False
+    drop_invalid: bool = True
+    random_fully: bool = True
+    nfacct: bool = False
+    comments: bool = True
+
+    @property
+    def masquerade_mark(self) -> str:
+        """The mark as `iptables-save` prints it."""
+        return f"0x{1 << self.masquerade_bit:x}"
+
+
+def shape_of(
+    host: HostState, family: Family, options: Options, features: Features, *, comments: bool
+) -> Shape:
+    """The shape that a host needs.  Raises ConfigError for an interface name that Linux does not allow."""
+    detect = host.detect_local
+    local_pods = ""
+    if isinstance(detect, LocalPodsByInterface):
+        if not re.fullmatch(r"[A-Za-z0-9_.:@-]{1,15}", detect.name):
+            raise ConfigError(f"{detect.name!r} is not the name of an interface", field="detectLocal")
+        local_pods = f"-i {detect.name}{'+' if detect.prefix else ''}"
+    elif detect is not None:
+        local_pods = next((f"-s {cidr}" for cidr in detect.cidrs if family_of(cidr) == family), "")
+    return Shape(
+        family=family,
+        masquerade_bit=host.masquerade_bit,
+        local_pods=local_pods,
+        node_ports=host.node_ports(family),
+        localhost_node_ports=options.localhost_node_ports and family == "IPv4",
+        drop_invalid=options.drop_invalid == "always"
+        or (options.drop_invalid == "auto" and not features.liberal),
+        random_fully=features.random_fully,
+        nfacct=features.nfacct,
+        comments=comments,
+    )
