@@ -13,11 +13,11 @@ from proxycore.api import (
     Verification,
 )
 from proxycore.testing.netns import Namespace
+from proxycore.testing.states import HOST, context, full
 from proxycore_nft.backend import NftBackend
 from proxycore_nft.kernel import Kernel, NetlinkKernel
 
 from .meaning import actual, expected
-from .states import HOST, context, full
 
 T = TypeVar("T")
 

@@ -10,11 +10,11 @@ from proxycore.api import (
     ServicePortName,
     ServiceState,
 )
+from proxycore.testing.states import HOST, context, full
 from proxycore_nft.backend import NftBackend
 from proxycore_nft.fake import FakeKernel
 
 from .meaning import actual, expected
-from .states import HOST, context, full
 
 
 class FailingKernel(FakeKernel):

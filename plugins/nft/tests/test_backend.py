@@ -16,6 +16,18 @@ from proxycore.api import (
     NodePortAddresses,
     ServiceState,
 )
+from proxycore.testing.states import (
+    HOST,
+    batch,
+    context,
+    frontend,
+    full,
+    host,
+    name_of,
+    node_port,
+    numbered,
+    service,
+)
 from proxycore_nft import layout, skeleton, tables
 from proxycore_nft.backend import NftBackend
 from proxycore_nft.fake import FakeKernel
@@ -23,7 +35,6 @@ from proxycore_nft.kernel import Element, Refusal, Refused
 
 from .meaning import live_table
 from .running import assert_means, entry_of, running, started
-from .states import HOST, batch, context, frontend, full, host, name_of, node_port, numbered, service
 
 # -- work in proportion to the change --
 

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from proxycore.api import Family, HostState, KernelError, ServicePortName, ServiceState
 from proxycore.testing.netns import Namespace
+from proxycore.testing.states import HOST, batch, context, full
 from proxycore_nft import encode, layout, skeleton
 from proxycore_nft.backend import NftBackend
 from proxycore_nft.encode import Body
@@ -20,7 +21,6 @@ from proxycore_nft.fake import FakeKernel
 from proxycore_nft.kernel import Element, NetlinkKernel, Refused
 from proxycore_nft.skeleton import Hook
 
-from .states import HOST, batch, context, full
 from .test_model import HOSTS, NAMES, SPECS, state_of
 
 pytestmark = pytest.mark.root

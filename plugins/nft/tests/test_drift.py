@@ -6,10 +6,10 @@ import re
 
 import pytest
 
+from proxycore.testing.states import full
 from proxycore_nft import encode, layout, rows, skeleton
 from proxycore_nft.kernel import Element
 
-from .states import full
 from .test_kernel import ALL
 
 pytestmark = pytest.mark.root

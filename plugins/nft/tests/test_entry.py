@@ -9,11 +9,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from proxycore.api import FrontendKind, WhenEmpty
+from proxycore.testing.states import (
+    EXTERNAL_LOCAL,
+    endpoint,
+    frontend,
+    name_of,
+    node_port,
+    numbered,
+    pool,
+    service,
+)
 from proxycore_nft import encode, entry, layout
 from proxycore_nft.entry import TooMany, build, keep_in_place, safe_comment
 from proxycore_nft.kernel import parse_element
-
-from .states import EXTERNAL_LOCAL, endpoint, frontend, name_of, node_port, numbered, pool, service
 
 TARGETS = st.lists(st.sampled_from([bytes([65 + n]) for n in range(8)]), max_size=12)
 

@@ -6,12 +6,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from proxycore.testing.states import frontend, name_of, numbered, service
 from proxycore_nft import layout, program
 from proxycore_nft.entry import TooMany
 from proxycore_nft.program import Indexes, Stage, Table
 from proxycore_nft.transaction import Transaction
-
-from .states import frontend, name_of, numbered, service
 
 
 def test_a_freed_index_is_given_again_only_after_all_others():

@@ -10,11 +10,7 @@ import socket
 import pytest
 
 from proxycore.api import FrontendKind, KernelError, NodePortAddresses, WhenEmpty
-from proxycore_nft import encode, layout, skeleton
-from proxycore_nft.kernel import NetlinkKernel
-
-from .meaning import live_table, number
-from .states import (
+from proxycore.testing.states import (
     EXTERNAL_LOCAL,
     batch,
     context,
@@ -28,6 +24,10 @@ from .states import (
     pool,
     service,
 )
+from proxycore_nft import encode, layout, skeleton
+from proxycore_nft.kernel import NetlinkKernel
+
+from .meaning import live_table, number
 
 pytestmark = pytest.mark.root
 SO_SNDBUFFORCE = 32

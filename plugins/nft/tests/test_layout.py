@@ -10,10 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from proxycore.api import Endpoint, PoolName, Route, Routes
+from proxycore.testing.states import frontend
 from proxycore_nft import classes, layout
 from proxycore_nft.classes import Class
-
-from .states import frontend
 
 ROUTES = [Route(pool, masquerade) for pool in PoolName for masquerade in (False, True)]
 

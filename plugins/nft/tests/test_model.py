@@ -25,13 +25,7 @@ from proxycore.api import (
     ServiceState,
     WhenEmpty,
 )
-from proxycore_nft import layout, rows
-from proxycore_nft.backend import NftBackend
-from proxycore_nft.fake import FakeKernel, FakeTable
-from proxycore_nft.kernel import Element
-
-from .meaning import actual, expected
-from .states import (
+from proxycore.testing.states import (
     EXTERNAL_LOCAL,
     HOST,
     IN_CLUSTER,
@@ -44,6 +38,12 @@ from .states import (
     node_port,
     service,
 )
+from proxycore_nft import layout, rows
+from proxycore_nft.backend import NftBackend
+from proxycore_nft.fake import FakeKernel, FakeTable
+from proxycore_nft.kernel import Element
+
+from .meaning import actual, expected
 
 FAMILIES: tuple[Family, Family] = ("IPv4", "IPv6")
 HOSTS = [

@@ -18,9 +18,9 @@ import pytest
 
 from proxycore.api import ChangeBatch, Family, PoolName, Route, Routes
 from proxycore.testing.netns import Namespace, close_all, veth
+from proxycore.testing.states import batch, endpoint, frontend, name_of, numbered, pool, service
 
 from .node import Node
-from .states import batch, endpoint, frontend, name_of, numbered, pool, service
 
 pytestmark = pytest.mark.root
 
@@ -228,7 +228,7 @@ def test_strangers_that_come_and_go(storm):
 def test_full_batches_and_new_tables(storm):
     """Everything is written anew, and every tenth time into a new table."""
     storm.node.run(numbered(1, 5), numbered(9, 10))
-    from .states import full, host
+    from proxycore.testing.states import full, host
 
     def change(turn: int) -> ChangeBatch:
         if turn % 10 == 5:

@@ -17,14 +17,7 @@ import pytest
 
 from proxycore.api import FrontendKind, NodePortAddresses, WhenEmpty
 from proxycore.testing.netns import Namespace
-from proxycore_nft import classes
-from proxycore_nft.backend import NftBackend
-from proxycore_nft.kernel import NetlinkKernel
-from proxycore_nft.program import HOST_SETS
-from proxycore_nft.rows import SERVICE_SETS
-from proxycore_nft.skeleton import DIGEST_PREFIX
-
-from .states import (
+from proxycore.testing.states import (
     EXTERNAL_LOCAL,
     context,
     endpoint,
@@ -36,6 +29,12 @@ from .states import (
     pool,
     service,
 )
+from proxycore_nft import classes
+from proxycore_nft.backend import NftBackend
+from proxycore_nft.kernel import NetlinkKernel
+from proxycore_nft.program import HOST_SETS
+from proxycore_nft.rows import SERVICE_SETS
+from proxycore_nft.skeleton import DIGEST_PREFIX
 
 ROOT = Path(__file__).parents[3]
 GOLDEN = Path(__file__).parent / "golden"

@@ -9,13 +9,12 @@ import msgspec
 import pytest
 
 from proxycore.api import ConfigError, LocalPodsByCIDR, LocalPodsByInterface, NodePortAddresses
+from proxycore.testing.states import host
 from proxycore_nft import layout, skeleton
 from proxycore_nft.fake import FakeKernel
 from proxycore_nft.native import _FIELDS
 from proxycore_nft.rows import SERVICE_SETS
 from proxycore_nft.skeleton import Shape, digest, hook_text, shape_of, table_text
-
-from .states import host
 
 USUAL = Shape(family="IPv4", masquerade_bit=14, node_ports_everywhere=False)
 OTHERS = [

@@ -20,12 +20,12 @@ import yaml
 from proxycore.testing.lab import NODE_NAME, Lab
 from proxycore.testing.process import Manifests, ProxyProcess
 from proxycore.testing.scenario import DEFAULT_NODE
+from proxycore.testing.states import context, endpoint, frontend, full, host, name_of, pool, service
 from proxycore_nft import layout
 from proxycore_nft.kernel import NetlinkKernel
 
 from .meaning import actual
 from .node import Node
-from .states import context, endpoint, frontend, full, host, name_of, pool, service
 
 pytestmark = pytest.mark.root
 

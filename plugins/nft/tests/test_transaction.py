@@ -10,13 +10,12 @@ from hypothesis import strategies as st
 
 from proxycore.api import LocalPodsByCIDR, LocalPodsByInterface
 from proxycore.kernel.netlink import attributes, parse_attributes, text_of
+from proxycore.testing.states import host, name_of
 from proxycore_nft import encode
 from proxycore_nft.host import host_elements
 from proxycore_nft.kernel import Element, _parse_list, parse_element
 from proxycore_nft.program import interval_elements
 from proxycore_nft.transaction import Transaction, owner_at
-
-from .states import host, name_of
 
 NAMES = [name_of(f"s{n}") for n in range(5)]
 

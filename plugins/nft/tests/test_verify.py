@@ -7,6 +7,7 @@ import pytest
 from proxycore.api import (
     HostState,
 )
+from proxycore.testing.states import batch, context, full, numbered
 from proxycore_nft import layout
 from proxycore_nft.backend import VERIFY_PAUSE_MAX, NftBackend
 from proxycore_nft.fake import FakeKernel
@@ -15,7 +16,6 @@ from proxycore_nft.skeleton import Hook
 
 from .meaning import live_table
 from .running import Clock, assert_means, entry_of, running, started
-from .states import batch, context, full, numbered
 
 # -- a table that somebody has changed while no proxy ran --
 

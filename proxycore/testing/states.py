@@ -1,4 +1,4 @@
-"""Short ways to write resolved Services, node facts and batches for the nft backend's tests."""
+"""Short ways to write resolved Services, node facts and batches, for tests of backends."""
 
 from __future__ import annotations
 
