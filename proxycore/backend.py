@@ -52,6 +52,8 @@ class BackendInfo(msgspec.Struct, frozen=True, kw_only=True):
     """The kernel tracks its connections: the conntrack observer is of use."""
     needs: tuple[str, ...] = ()
     """What the host must have, in words: `kernel 5.13`, `CAP_NET_ADMIN`."""
+    adopts: tuple[Literal["nftables", "iptables", "ipvs"], ...] = ()
+    """Parts of kube-proxy's state, by its mode, that this backend goes on with as its own: the core leaves them to it."""
 
 
 class BackendContext(msgspec.Struct, frozen=True, kw_only=True):
@@ -92,8 +94,10 @@ class ApplyResult(msgspec.Struct, frozen=True, kw_only=True):
 
     `applied`: all of it is in force but the exceptions: `failed` (its last state stays), `unsupported` (needs what the
     backend lacks; nothing of it is in force), `unknown` (may be half done; the next change has `before=UNKNOWN`).
-    `rejected`: nothing was done.  `culprits` names the Services at fault, if known; the engine resubmits without them, or
-    searches for them by halving.  `message` says why, for people.  `operations` counts kernel operations.
+    `rejected`: nothing was done.  `culprits` names the Services at fault, if known; the engine resubmits without them.
+    None: unknown, it searches for them by halving.  Empty: nobody's fault (a lock that another process holds), it tries the
+    same again after a pause.  `message` says why, for people.  `operations` counts kernel operations.
+    `pause_seconds`: the kernel had so much work that the next batch should wait so long, while changes gather.
     """
 
     generation: int
@@ -104,6 +108,7 @@ class ApplyResult(msgspec.Struct, frozen=True, kw_only=True):
     culprits: tuple[Failure, ...] | None = None
     message: str = ""
     operations: int = 0
+    pause_seconds: float = 0.0
 
 
 class Operation(msgspec.Struct, frozen=True, kw_only=True):
@@ -121,15 +126,23 @@ class Drift(msgspec.Struct, frozen=True, kw_only=True):
     what: str
 
 
+INVALID_DROPPED = "ct_state_invalid_dropped_packets"
+"""Packets dropped because connection tracking calls them invalid."""
+LOCALHOST_NODE_PORTS_ACCEPTED = "localhost_nodeports_accepted_packets"
+"""New connections to node ports on loopback addresses."""
+
+
 class Verification(msgspec.Struct, frozen=True, kw_only=True):
     """Result of verify().  `checked` is False when a cheap test proved that nothing was touched since the last call.
 
-    `repaired`: the backend has put the drift right itself; otherwise the engine sends a full batch.
+    `repaired`: the backend has put the drift right itself; otherwise the engine sends a full batch.  `figures`: counts of the
+    node as a whole since its start, by names such as INVALID_DROPPED; empty: none are kept.
     """
 
     checked: bool
     drift: tuple[Drift, ...] = ()
     repaired: bool = False
+    figures: Mapping[str, int] = {}
 
 
 class KernelObject(msgspec.Struct, frozen=True, kw_only=True):

@@ -388,6 +388,9 @@ class Ledger:
 
     def _rejected(self, batch: ChangeBatch, result: ApplyResult, now: float) -> None:
         tried = self._take_back()
+        if result.culprits == ():
+            self._pause(now)
+            return
         self._full_failed = self._full_failed or batch.full
         among = {item.name: item for item in batch.changes}
         culprits = [failure for failure in result.culprits or () if failure.name in among]

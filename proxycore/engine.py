@@ -55,6 +55,8 @@ PROBLEMS_PAUSE = 0.5
 """So long after a change it is looked at what of it is ignored; a burst is looked at once."""
 DRIFT_PAUSE_MAX = 3.0
 """Longest time between two looks while somebody else keeps changing what is ours."""
+PAUSE_MAX = 5.0
+"""Longest rest that a backend may ask for between batches."""
 BEAT_SECONDS = 5.0
 """The loop turns at least so often, so that one that hangs can be told from one that has nothing to do."""
 
@@ -104,6 +106,7 @@ class Engine:
         self._start_at = 0.0
         self._start_pause = RETRY_FIRST_SECONDS
         self._last_end = float("-inf")
+        self._pause_seconds = 0.0
         self._verify_at = float("inf")
         self._drifts_in_a_row = 0
         self._pending_since: float | None = None
@@ -236,7 +239,7 @@ class Engine:
         return due
 
     def _may_start_at(self) -> float:
-        return self._last_end + self._settings.min_sync_period_seconds
+        return self._last_end + max(self._settings.min_sync_period_seconds, self._pause_seconds)
 
     def _is_due(self) -> bool:
         """Is there something that waits to be sent?  What is set aside does not count."""
@@ -486,6 +489,7 @@ class Engine:
             self._settle_pending()
             return
         result: ApplyResult = reply.value
+        self._pause_seconds = min(result.pause_seconds, PAUSE_MAX)
         self._ledger.acknowledge(batch, result, now)
         log_result(self._log, batch, result, reply.seconds)
         if result.outcome == "rejected":
@@ -532,6 +536,7 @@ class Engine:
             self._log.error("cannot verify", backend=self._backend.name, error=reply.error)
             return
         verification: Verification = reply.value
+        self._tally.figures = verification.figures
         if not verification.drift:
             self._drifts_in_a_row = max(0, self._drifts_in_a_row - 1)
             self._first_in_force()

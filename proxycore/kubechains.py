@@ -46,8 +46,12 @@ SHARED: Mapping[str, frozenset[str]] = {
     "mangle": frozenset({"KUBE-PROXY-CANARY"}),
 }
 """Chains that are there once, by table."""
-_OF_SERVICES = re.compile(r"KUBE-(?:SVC|SVL|SEP|FW|EXT|XLB)-[A-Z2-7]{16}")
-"""Chains of a Service port or endpoint, in nat; the rest of the name is a hash."""
+MARKER = "KUBE-SVC-PROXYCORE"
+"""An empty chain in nat by which proxycore's iptables backend says that a ruleset of these chains is its own."""
+_OF_SERVICES = re.compile(
+    r"KUBE-(?:SVC|SVL|SEP|FW|EXT|XLB)-[A-Z2-7]{16}|KUBE-SVC-TREE\.[0-9A-Z.]{1,14}|" + MARKER
+)
+"""Chains of a Service port or endpoint, in nat; the rest of the name is a hash.  And those that proxycore adds."""
 _MARK_MASQ = "KUBE-MARK-MASQ"
 _TARGETS = frozenset({"-j", "--jump", "-g", "--goto"})
 _BUILT_IN = frozenset({"PREROUTING", "INPUT", "FORWARD", "OUTPUT", "POSTROUTING"})

@@ -66,6 +66,7 @@ class BackendFacts(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     capabilities: tuple[str, ...]
     conntrack: bool = True
     needs: tuple[str, ...] = ()
+    adopts: tuple[Literal["nftables", "iptables", "ipvs"], ...] = ()
     requires_root: bool = True
     state: Literal["available", "planned"] = "available"
 
@@ -79,6 +80,7 @@ class BackendFacts(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
             capabilities=frozenset(Capability(value) for value in self.capabilities),
             conntrack=self.conntrack,
             needs=self.needs,
+            adopts=self.adopts,
         )
 
 
@@ -195,7 +197,7 @@ def load_backend(name: str, trace: Trace | None = None) -> BackendCell:
     found, facts = check_backend(name)
     cell = _load(found, BackendSpec, BackendCell, trace)
     cell.info = cell.describe()
-    for field in ("name", "api", "capabilities", "conntrack"):
+    for field in ("name", "api", "capabilities", "conntrack", "adopts"):
         described, written = getattr(cell.info, field), getattr(facts.info, field)
         if described != written:
             raise cell.error(

@@ -104,6 +104,7 @@ class _Proxy:
             options.takeover,
             backend=cell.name,
             node_name=options.node_name,
+            without=cell.info.adopts,
             exclude_cidrs=options.config.values.get("ipvs.excludeCIDRs", ()),  # type: ignore[arg-type]
             log=get("takeover"),
             hold=lambda: reason_to_wait(self._engine.status),

@@ -58,6 +58,7 @@ class Status(msgspec.Struct, frozen=True, kw_only=True):
     service_changes_pending: int = 0
     drift_total: int = 0
     drift_unrepaired: bool = False
+    figures: Mapping[str, int] = {}
     store_version: int = 0
 
 

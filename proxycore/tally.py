@@ -27,6 +27,7 @@ class Tally:
         """Why nothing could be programmed at the last try."""
         self.drift_total = 0
         self.drift_unrepaired = False
+        self.figures: Mapping[str, int] = {}
         self.last_queued: float | None = None
         self.last_success: float | None = None
         self._families = families
@@ -113,6 +114,7 @@ class Tally:
             service_changes_pending=changes[1] - self._in_force[1],
             drift_total=self.drift_total,
             drift_unrepaired=self.drift_unrepaired,
+            figures=self.figures,
             store_version=desired.store.version,
         )
 

@@ -125,6 +125,18 @@ PUBLISHED = (
     _kube("sync_proxy_rules_endpoint_changes_total", "counter", "Changes of EndpointSlices"),
     _kube("sync_proxy_rules_service_changes_pending", "gauge", "Changes of Services that are not in force"),
     _kube("sync_proxy_rules_service_changes_total", "counter", "Changes of Services"),
+    _kube(
+        "iptables_ct_state_invalid_dropped_packets_total",
+        "counter",
+        "Packets dropped because connection tracking calls them invalid",
+        modes=("iptables",),
+    ),
+    _kube(
+        "iptables_localhost_nodeports_accepted_packets_total",
+        "counter",
+        "New connections to node ports on loopback addresses",
+        modes=("iptables",),
+    ),
     _ours("health", "gauge", "1 while this endpoint is green", ("endpoint",)),
     _ours("pending_seconds", "gauge", "How long the oldest change has been waiting, 0 if none does"),
     _ours("service_ports_quarantined", "gauge", "Service ports set aside after a failure", FAMILY),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Sequence
 
+from ..backend import INVALID_DROPPED, LOCALHOST_NODE_PORTS_ACCEPTED
 from ..health import ENDPOINTS, judge
 from ..model import Family, ServicePortName
 from ..status import Facts
@@ -49,6 +50,9 @@ def of_facts(facts: Facts, families: Sequence[Family]) -> Values:
         "proxycore_observers_left_out": one(len(facts.left_out)),
         "proxycore_server_open": {(server.address,): not server.problem for server in facts.servers},
     }
+    for figure in (INVALID_DROPPED, LOCALHOST_NODE_PORTS_ACCEPTED):
+        if figure in status.figures:
+            found[f"kubeproxy_iptables_{figure}_total"] = one(status.figures[figure])
     if facts.saved is not None:
         found["proxycore_saved_state_failing"] = one(bool(facts.saved.problem))
         if facts.saved.saved_at is not None:

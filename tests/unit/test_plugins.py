@@ -293,7 +293,7 @@ def test_a_source_is_opened(site: Site) -> None:
         cell.open(SourceContext(argument="", node_name="n"))
 
 
-@pytest.mark.parametrize("name", ["iptables", "ipvs"])
+@pytest.mark.parametrize("name", ["ipvs"])
 def test_planned_backends_say_so_and_do_nothing(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = Path(__file__).parents[2] / "plugins" / name
     monkeypatch.syspath_prepend(folder)
