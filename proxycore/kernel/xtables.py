@@ -6,17 +6,22 @@ rules in both.  Nothing here loads a kernel module: only tables that exist are r
 
 from __future__ import annotations
 
+import contextlib
+import errno as errnos
 import os
+import re
 import shutil
 import signal
 import subprocess
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator
 from pathlib import Path
 from typing import Literal, NamedTuple, TypeVar
 
 from ..errors import KernelError
 from ..model import Family
+from . import nftables, xtlock
+from .xtlock import LockHeld as LockHeld
 
 T = TypeVar("T")
 Variant = Literal["legacy", "nft"]
@@ -26,15 +31,39 @@ WRITE_SECONDS = 600.0
 LOCK_SECONDS = 10
 _PREFIX: dict[Family, str] = {"IPv4": "iptables", "IPv6": "ip6tables"}
 _LEGACY_NAMES: dict[Family, str] = {"IPv4": "ip_tables_names", "IPv6": "ip6_tables_names"}
+_CAPABILITIES: dict[Variant, tuple[tuple[str, int], ...]] = {
+    "legacy": (("CAP_NET_ADMIN", 12), ("CAP_NET_RAW", 13)),
+    "nft": (("CAP_NET_ADMIN", 12),),
+}
+"""With their bits in /proc."""
+_NFT: dict[Family, nftables.NftFamily] = {"IPv4": "ip", "IPv6": "ip6"}
+
+
+class RestoreRefused(KernelError):
+    """`iptables-restore` did not accept its input.
+
+    Tables whose COMMIT stands before the fault in the same input hold; the table at fault and those after it are as they
+    were.  `line` is the line of the input at fault, counted from 1; None if it is a COMMIT's, that is any of its table's, or
+    unknown.  `lines`: all those that the kernel named, in order.  `said`: what the tool said, shortened.
+    """
+
+    def __init__(
+        self, message: str, *, line: int | None, lines: tuple[int, ...], said: str, errno: int = 0
+    ) -> None:
+        self.line = line
+        self.lines = lines
+        self.said = said
+        super().__init__(message, errno=errno)
 
 
 class Tools(NamedTuple):
-    """Programs for one variant and family."""
+    """Programs for one variant and family; `command`: of single commands, empty if it is not here."""
 
     variant: Variant
     family: Family
     save: str
     restore: str
+    command: str = ""
 
     def __str__(self) -> str:
         return f"{_PREFIX[self.family]}-{self.variant}"
@@ -46,7 +75,7 @@ def find(which: Callable[[str], str | None] = shutil.which) -> tuple[Tools, ...]
     Where the variants have no names of their own, the plain ones are asked which they are.
     """
     found = [
-        Tools(variant, family, save, restore)
+        Tools(variant, family, save, restore, which(f"{prefix}-{variant}") or "")
         for variant in ("legacy", "nft")
         for family, prefix in _PREFIX.items()
         if (save := which(f"{prefix}-{variant}-save")) and (restore := which(f"{prefix}-{variant}-restore"))
@@ -56,7 +85,7 @@ def find(which: Callable[[str], str | None] = shutil.which) -> tuple[Tools, ...]
             continue
         save, restore = which(f"{prefix}-save"), which(f"{prefix}-restore")
         if save and restore:
-            found.append(Tools(_variant_of(save), family, save, restore))
+            found.append(Tools(_variant_of(save), family, save, restore, which(prefix) or ""))
     return tuple(found)
 
 
@@ -83,29 +112,69 @@ def legacy_tables(family: Family) -> frozenset[str] | None:
         return frozenset()
 
 
-def save(tools: Tools, read: Callable[[Iterable[str]], T]) -> T:
+def save(
+    tools: Tools,
+    read: Callable[[Iterable[str]], T],
+    *,
+    tables: Collection[str] | None = None,
+    counters: bool = False,
+) -> T:
     """What `read` makes of the lines of all tables that exist; they may be hundreds of thousands.
 
-    Raises KernelError: the tool failed or took too long.
+    `tables`: only these, in this order, as one listing; those that do not exist are left out, and not made.  `counters`: rules
+    start with `[packets:bytes] `.  Raises KernelError: the tool failed or took too long.
     """
+    with contextlib.closing(_listing(tools, tables, ("-c",) if counters else ())) as lines:
+        result = read(lines)
+        for _ in lines:
+            pass
+    return result
+
+
+def _listing(
+    tools: Tools, tables: Collection[str] | None, options: tuple[str, ...]
+) -> Generator[str, None, None]:
+    if tables is None:
+        yield from _lines(tools, options)
+        return
+    there = _existing(tools)
+    for table in tables:
+        if table in there:
+            yield from _lines(tools, (*options, "-t", table))
+
+
+def _existing(tools: Tools) -> frozenset[str]:
+    """Tables that are there: asking the tool for another would make it, in legacy, and load its module."""
+    if tools.variant == "legacy":
+        tables = legacy_tables(tools.family)
+        if tables is None:
+            raise KernelError(
+                f"cannot see which tables of {tools} there are: /proc/net/{_LEGACY_NAMES[tools.family]} may not be read",
+                errno=errnos.EACCES,
+            )
+        return tables
+    with nftables.NfTables() as kernel:
+        return kernel.tables(_NFT[tools.family])
+
+
+def _lines(tools: Tools, options: tuple[str, ...]) -> Generator[str, None, None]:
+    """What one run of the tool prints; it is ended if the reader leaves early."""
     # In memory: a container may have no place for temporary files.
     with os.fdopen(os.memfd_create("complaints"), "w+", errors="replace") as complaints:
         try:
             process = subprocess.Popen(
-                [tools.save], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=complaints, text=True,
-                encoding="utf-8", errors="surrogateescape",
+                [tools.save, *options], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=complaints,
+                text=True, encoding="utf-8", errors="surrogateescape",
             )  # fmt: skip
         except OSError as error:
-            raise KernelError(f"cannot run {tools.save}: {error.strerror}", errno=error.errno or 0) from error
+            raise _cannot_run(tools.save, error) from error
         timer = threading.Timer(READ_SECONDS, process.kill)
         timer.daemon = True
         timer.start()
         try:
             assert process.stdout is not None
             with process.stdout:
-                result = read(process.stdout)
-                for _ in process.stdout:
-                    pass
+                yield from process.stdout
             status = process.wait()
         finally:
             timer.cancel()
@@ -116,32 +185,164 @@ def save(tools: Tools, read: Callable[[Iterable[str]], T]) -> T:
             raise KernelError(f"{tools.save} did not end within {READ_SECONDS:g} s and was killed")
         if status:
             complaints.seek(0)
-            raise KernelError(f"{tools.save} ended with {status}: {_short(complaints.read())}")
-    return result
+            said = complaints.read()
+            raise KernelError(f"{tools.save} ended with {status}: {_short(said)}{_rights(tools, said)[0]}")
 
 
-def restore(tools: Tools, text: str) -> None:
+def list_chain(tools: Tools, table: str, chain: str) -> tuple[str, ...] | None:
+    """Rules of one chain as `iptables-save` prints them, without `-A CHAIN `; None: there is no such chain.
+
+    Quick in the nft variant; legacy reads the whole table for it, and makes the table if there is none.  Raises
+    KernelError: the tool failed, or the chain holds rules that iptables cannot read.
+    """
+    if not tools.command:
+        raise KernelError(f"the program {tools} is not installed (package iptables)")
+    wait = ("-w", str(LOCK_SECONDS)) if tools.variant == "legacy" else ()
+    try:
+        done = subprocess.run(
+            [tools.command, *wait, "-t", table, "-S", chain],
+            stdin=subprocess.DEVNULL, capture_output=True, timeout=READ_SECONDS, check=False,
+        )  # fmt: skip
+    except OSError as error:
+        raise _cannot_run(tools.command, error) from error
+    except subprocess.TimeoutExpired as error:
+        raise KernelError(f"{tools.command} did not end within {READ_SECONDS:g} s") from error
+    if done.returncode:
+        said = done.stderr.decode("utf-8", "replace")
+        if is_missing_chain(said) and not _there(tools, table, chain, said):
+            return None
+        raise KernelError(
+            f"{tools.command} -t {table} -S {chain} ended with {done.returncode}: {_short(said)}"
+        )
+    start = f"-A {chain} "
+    text = done.stdout.decode("utf-8", "surrogateescape")
+    return tuple(line.removeprefix(start) for line in text.splitlines() if line.startswith(start))
+
+
+def _there(tools: Tools, table: str, chain: str, said: str) -> bool:
+    """Is the chain there after all?  The nft variant says `incompatible` of missing ones as well."""
+    if tools.variant != "nft" or "incompatible" not in said:
+        return False
+    with nftables.NfTables() as kernel:
+        return (table, chain) in kernel.chains(_NFT[tools.family])
+
+
+def restore(tools: Tools, text: str, lock_seconds: int = LOCK_SECONDS) -> None:
     """Bring `--noflush` input into force, each of its tables in one step.
 
-    Raises KernelError: the table at fault and those after it are as they were.
+    `lock_seconds`: so long the xtables lock may be another's; the nft variant needs none.  Raises RestoreRefused, which says
+    what holds then; LockHeld: nothing was changed; KernelError: the tool could not be run (nothing was changed), or was ended
+    because it took too long: each table is as it was or as it should be.
     """
     try:
         done = subprocess.run(
-            [tools.restore, "--noflush", "-w", str(LOCK_SECONDS)],
+            [tools.restore, "--noflush", "-w", str(lock_seconds)],
             input=text.encode("utf-8", "surrogateescape"),
             capture_output=True,
             timeout=WRITE_SECONDS,
             check=False,
         )
     except OSError as error:
-        raise KernelError(f"cannot run {tools.restore}: {error.strerror}", errno=error.errno or 0) from error
+        raise _cannot_run(tools.restore, error) from error
     except subprocess.TimeoutExpired as error:
-        raise KernelError(f"{tools.restore} did not end within {WRITE_SECONDS:g} s") from error
+        raise KernelError(f"{tools.restore} did not end within {WRITE_SECONDS:g} s and was killed") from error
     if done.returncode:
         said = done.stderr.decode("utf-8", "replace")
-        raise KernelError(f"{tools.restore} ended with {done.returncode}: {_short(said)}")
+        if is_lock_held(said):
+            raise LockHeld(lock_seconds, xtlock.holders(), xtlock.path())
+        raise _refused(tools, done.returncode, said, text)
+
+
+def _cannot_run(program: str, error: OSError) -> KernelError:
+    return KernelError(f"cannot run {program}: {error.strerror}", errno=error.errno or 0)
+
+
+def _refused(tools: Tools, status: int, said: str, text: str) -> RestoreRefused:
+    short = _short(said)
+    message = f"{tools.restore} ended with {status}: {short}"
+    lines = tuple(number for number in refused_lines(said) if _is_rule(text, number))
+    if lines:
+        message += f"; line {lines[0]} is `{_line(text, lines[0])[:300]}`"
+    about_rights, errno = _rights(tools, said)
+    return RestoreRefused(
+        message + about_rights, line=lines[0] if lines else None, lines=lines, said=short, errno=errno
+    )
+
+
+def _rights(tools: Tools, said: str) -> tuple[str, int]:
+    """What to add to the words of a tool that failed for want of a capability, and the error's number."""
+    lacking = missing_rights(tools.variant)
+    if lacking:
+        return f"; {tools} needs {' and '.join(lacking)}, which this process lacks", errnos.EPERM
+    return ("", errnos.EPERM) if is_missing_right(said) else ("", 0)
+
+
+def missing_rights(variant: Variant) -> tuple[str, ...]:
+    """Capabilities that a variant needs and this thread lacks."""
+    try:
+        status = Path("/proc/thread-self/status").read_text()
+    except OSError:
+        return ()
+    found = re.search(r"^CapEff:\s*([0-9a-f]+)$", status, re.MULTILINE)
+    have = int(found[1], 16) if found else -1
+    return tuple(name for name, bit in _CAPABILITIES[variant] if not have >> bit & 1)
+
+
+def _is_rule(text: str, number: int) -> bool:
+    """May this line alone be at fault, being neither a table's first nor its last nor outside of the input?"""
+    return _line(text, number)[:1] in ("-", ":", "[")
+
+
+def _line(text: str, number: int) -> str:
+    """A line of the input, counted from 1; empty if there is none."""
+    start = 0
+    for _ in range(number - 1):
+        start = text.find("\n", start) + 1
+        if not start:
+            return ""
+    end = text.find("\n", start)
+    return text[start : len(text) if end < 0 else end]
+
+
+# -- what the tools say --
+
+_REFUSED = (
+    re.compile(r"^Error occurred at line: (\d+)$"),
+    re.compile(r"^(?:\S+: )?line (\d+) failed\b"),
+    # Of the kernel through the nft variant: `line 3: RULE_APPEND failed (Invalid argument): rule in chain X`.
+    re.compile(r"^line (\d+): \w+ failed \("),
+)
+_HELD = "currently holding the xtables lock"
+_NO_RIGHT = ("you must be root", "Operation not permitted")
+_MISSING = ("No chain/target/match by that name", "' is incompatible, use 'nft' tool", "does not exist")
+
+
+def refused_lines(said: str) -> Iterator[int]:
+    """Lines of the input that `iptables-restore` names as it fails, in its order."""
+    for line in said.splitlines():
+        for pattern in _REFUSED:
+            if found := pattern.match(line.strip()):
+                yield int(found[1])
+                break
+
+
+def is_lock_held(said: str) -> bool:
+    """Did a tool give up for the xtables lock?"""
+    return _HELD in said and "Fatal" not in said
+
+
+def is_missing_right(said: str) -> bool:
+    """Did a tool fail for want of a capability?"""
+    return any(part in said for part in _NO_RIGHT)
+
+
+def is_missing_chain(said: str) -> bool:
+    """Did a tool fail because there is no such chain?  The nft variant may say the same of one with rules it cannot read."""
+    return any(part in said for part in _MISSING)
 
 
 def _short(text: str) -> str:
-    lines = [line.strip() for line in text.splitlines() if line.strip() and not line.startswith("#")]
+    lines = [
+        line.strip() for line in text.splitlines() if line.strip() and not line.startswith(("#", "Try `"))
+    ]
     return " / ".join(lines[:3])[:300] or "it said nothing"
