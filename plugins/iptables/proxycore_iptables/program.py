@@ -5,13 +5,13 @@ Pure.  A piece is valid alone: chains come before what jumps to them, and leave 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import NamedTuple
 
 from proxycore.api import ServicePortName
 
 from .dispatch import edit
-from .rules import Jump, Place, Rule, Rules, TableName, length, mark
+from .rules import Jump, Rule, Rules, TableName, length, mark
 
 Present = dict[TableName, dict[str, int]]
 """Marks of the chains that are in the kernel, by table."""
@@ -28,13 +28,16 @@ class Section(NamedTuple):
     """What happens to one table in one commit.
 
     `marks`: chains with their content afterwards, None for those that go.  `entries`: how many more entries a table of the
-    legacy variant has afterwards: a chain counts two beside its rules.
+    legacy variant has afterwards: a chain counts two beside its rules.  `ensured`, `dropped`: rules of chains that are not
+    ours, put there and taken away.
     """
 
     table: TableName
     lines: tuple[Line, ...]
     marks: Mapping[str, int | None]
     entries: int = 0
+    ensured: tuple[Jump, ...] = ()
+    dropped: tuple[Jump, ...] = ()
 
 
 class Piece(NamedTuple):
@@ -77,6 +80,8 @@ class Draft:
         self._removed: list[Line] = []
         self.marks: dict[str, int | None] = {}
         self._entries = 0
+        self._ensured: list[Jump] = []
+        self._dropped: list[Jump] = []
 
     @property
     def chains(self) -> int:
@@ -132,6 +137,7 @@ class Draft:
         """Put a rule at the head (or the end) of a chain that is not ours."""
         self._rules.append(Line(f"{'-A' if at_end else '-I'} {jump.chain} {jump.rule}"))
         self._entries += 1
+        self._ensured.append(jump)
 
     def declare(self, chain: str) -> None:
         """Make a chain that others may fill, too."""
@@ -142,10 +148,16 @@ class Draft:
         """Take a rule out of a chain that is not ours."""
         self._rules.append(Line(f"-D {jump.chain} {jump.rule}"))
         self._entries -= 1
+        self._dropped.append(jump)
 
     def section(self) -> Section:
         return Section(
-            self.table, (*self._declared, *self._rules, *self._removed), self.marks, self._entries
+            self.table,
+            (*self._declared, *self._rules, *self._removed),
+            self.marks,
+            self._entries,
+            tuple(self._ensured),
+            tuple(self._dropped),
         )
 
 
@@ -172,13 +184,3 @@ def union(before: Rules, after: Rules) -> Rules:
     """What refuses untranslated packets of either state: in force while translation changes from one to the other."""
     known = set(after)
     return (*after, *(rule for rule in before if rule not in known))
-
-
-def place_drafts(present: Present, tables: Sequence[TableName]) -> dict[TableName, Draft]:
-    """An empty draft for each table."""
-    return {table: Draft(table, present.setdefault(table, {})) for table in tables}
-
-
-def is_tail_of(place: Place, chain: str) -> bool:
-    """Is this chain the root of a shared chain or a node of its tree?"""
-    return chain == place.chain or (place.table == "nat" and chain.startswith("KUBE-SVC-TREE."))

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Literal, NamedTuple
 
-TableName = Literal["nat", "filter"]
+TableName = Literal["nat", "filter", "mangle"]
 TABLES: tuple[TableName, TableName] = ("filter", "nat")
 Rule = str
 Rules = tuple[Rule, ...]

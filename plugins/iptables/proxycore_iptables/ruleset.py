@@ -1,0 +1,192 @@
+"""One family's rules: what should be there, and what is known to be there."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+from proxycore.api import Family, HostState, ServicePortName, ServiceState
+from proxycore.kubechains import is_kube_proxys, target_of
+
+from .dispatch import Shared
+from .frame import frame
+from .listing import Listing
+from .normal import normal
+from .program import Present, Section
+from .render import render
+from .rules import SERVICES, SHARED, Entry, Frame, Jump, Place, Rules, ServiceRules, TableName
+from .shape import Features, Options, Shape, shape_of
+
+GUARDED = Place("filter", "KUBE-FIREWALL")
+"""The kubelet's chain as well: our rule is put into it, and the others stay."""
+KEPT_WHOLE = frozenset({GUARDED.chain})
+"""Chains whose rules are wanted from every reading."""
+ALL_TABLES: tuple[TableName, ...] = ("filter", "mangle", "nat")
+
+States = dict[ServicePortName, ServiceState]
+
+
+class Ruleset:
+    """What this backend remembers of one family.
+
+    `states`: what is in force.  `present`: marks of the chains in the kernel, ours and kube-proxy's, by table.  `ensured`: rules
+    that lead to us and are there; `stale`: those that lead to chains of kube-proxy's that are not wanted.  `used`: our
+    chains that rules of others lead to.  `doubtful`: `present` may be wrong, and the kernel is to be read first.
+    """
+
+    def __init__(self, family: Family, options: Options, features: Features) -> None:
+        self.family: Family = family
+        self.options = options
+        self._features = features
+        self.states: States = {}
+        self.present: Present = {table: {} for table in ALL_TABLES}
+        self.ensured: set[Jump] = set()
+        self.has_guarded = False
+        self.stale: tuple[Jump, ...] = ()
+        self.used: frozenset[tuple[TableName, str]] = frozenset()
+        self.doubtful = True
+        self.shape: Shape | None = None
+        self.frame = Frame({}, {}, ())
+        self.shared: dict[Place, Shared] = {}
+        self._comments: bool | None = None
+        self._endpoints = 0
+        self._same: dict[int, int] = {}
+        """Marks of chains as the kernel shows them, where it writes what we mean in another way: our mark."""
+
+    # -- what should be --
+
+    def shape_for(self, host: HostState, endpoints: int) -> Shape:
+        """The shape for so many endpoints.  Comments come back only when there are much fewer than when they went."""
+        limit = self.options.comments_up_to
+        comments = endpoints <= (limit // 2 if self._comments is False else limit)
+        return shape_of(host, self.family, self.options, self._features, comments=comments)
+
+    def endpoints_after(self, changes: Mapping[ServicePortName, ServiceState | None], full: bool) -> int:
+        """How many endpoints there will be."""
+        known = 0 if full else self._endpoints
+        for name, state in changes.items():
+            known += count(state) - (0 if full else count(self.states.get(name)))
+        return known
+
+    def new_shared(self, framed: Frame) -> dict[Place, Shared]:
+        """Empty shared chains with their tails."""
+        return {
+            place: Shared(
+                place, framed.tails.get(place, ()), self.options.tree_from if place == SERVICES else None
+            )
+            for place in SHARED
+        }
+
+    def accept(self, states: States, shape: Shape, framed: Frame, shared: dict[Place, Shared]) -> None:
+        """A batch is in force."""
+        self.states = states
+        self.shape, self.frame, self.shared = shape, framed, shared
+        self._comments = shape.comments
+        self._endpoints = sum(map(count, states.values()))
+
+    def rules_of(self, name: ServicePortName) -> ServiceRules:
+        """What is in force of a Service port."""
+        state = self.states.get(name)
+        return NOTHING if state is None or self.shape is None else render(state, self.shape)
+
+    def wanted_chains(self) -> dict[tuple[TableName, str], Rules]:
+        """Every chain that should be there, the Services' own excepted."""
+        found = {(place.table, place.chain): rules for place, rules in fixed_chains(self.frame).items()}
+        for place, shared in self.shared.items():
+            found.update({(place.table, name): rules for name, rules in shared.chains().items()})
+        return found
+
+    def owners(self) -> dict[str, ServicePortName]:
+        """Whose each chain of the nat table is; costs as much as rendering all Services."""
+        return {chain: name for name in self.states for chain in self.rules_of(name).chains}
+
+    # -- what is there --
+
+    def learn(self, listing: Listing) -> None:
+        """Take a listing for the truth."""
+        for table in ALL_TABLES:
+            marks = listing.marks(table)
+            self.present[table] = {name: self._same.get(mark, mark) for name, mark in marks.items()}
+        self.has_guarded = listing.has_chain(GUARDED.table, GUARDED.chain)
+        self.used = frozenset((table, chain) for table in ALL_TABLES for chain in listing.users(table))
+        self.ensured, self.stale = set(), ()
+        self._learned = listing
+        self.doubtful = False
+
+    def compare_jumps(self, framed: Frame) -> None:
+        """Find out which of the rules that lead to us are there, and which lead where nothing is wanted any more."""
+        listing = self._learned
+        wanted = {(j.table, j.chain, normal(j.rule)): j for j in ensured_rules(framed)}
+        found: set[Jump] = set()
+        stale: list[Jump] = []
+        for table in ALL_TABLES:
+            for chain, rules in listing.built_in(table).items():
+                for rule in rules:
+                    if "KUBE-" not in rule:
+                        continue
+                    known = wanted.get((table, chain, normal(rule)))
+                    if known is not None:
+                        found.add(known)
+                    elif is_kube_proxys(table, target_of(f"-A {chain} {rule}") or ""):
+                        stale.append(Jump(table, chain, rule))
+        for rule in listing.rules(GUARDED.table, GUARDED.chain):
+            known = wanted.get((GUARDED.table, GUARDED.chain, normal(rule)))
+            if known is not None:
+                found.add(known)
+        self.ensured, self.stale = found, tuple(stale)
+
+    def took(self, section: Section) -> None:
+        """A section is in force."""
+        present = self.present[section.table]
+        for chain, after in section.marks.items():
+            if after is None:
+                present.pop(chain, None)
+            else:
+                present[chain] = after
+        self.ensured.update(section.ensured)
+        if section.dropped:
+            self.stale = tuple(jump for jump in self.stale if jump not in section.dropped)
+        self.has_guarded = self.has_guarded or any((j.table, j.chain) == GUARDED for j in section.ensured)
+
+    def take_for_same(self, shown: int, meant: int) -> None:
+        """The kernel shows a chain with that mark where ours is meant."""
+        self._same[shown] = meant
+
+
+NOTHING = ServiceRules({}, {})
+
+
+def count(state: ServiceState | None) -> int:
+    """Endpoints of a Service port that have rules."""
+    if state is None:
+        return 0
+    return max(len(pool.endpoints) if pool else 0 for pool in (state.cluster, state.local))
+
+
+def fixed_chains(framed: Frame) -> dict[Place, Rules]:
+    """Chains that are there once and are wholly ours."""
+    return {place: rules for place, rules in framed.chains.items() if place != GUARDED}
+
+
+def ensured_rules(framed: Frame) -> tuple[Jump, ...]:
+    """Rules in chains that are not ours alone, in the order in which they are put there."""
+    guard = framed.chains.get(GUARDED, ())
+    return (*(Jump(GUARDED.table, GUARDED.chain, rule) for rule in guard), *framed.jumps)
+
+
+def framed_of(shape: Shape) -> Frame:
+    """The frame of a shape."""
+    return frame(shape)
+
+
+def entries_of(rules: Iterable[ServiceRules]) -> dict[Place, list[Entry]]:
+    """Entries of many Service ports by shared chain."""
+    found: dict[Place, list[Entry]] = {}
+    for item in rules:
+        for place, entries in item.entries.items():
+            found.setdefault(place, []).extend(entries)
+    return found
+
+
+def ours(table: str, chain: str) -> bool:
+    """Is a chain one that we or kube-proxy make?"""
+    return is_kube_proxys(table, chain)

@@ -1,0 +1,297 @@
+"""A batch on its way into one family's tables: which pieces of input it takes.
+
+In the order in which packets stay served whatever comes between:
+
+    frame, chains of Services -> refusals of both states -> dispatch and jumps -> refusals of the new state -> what is left over
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+
+from proxycore.api import HostState, ServicePortName, ServiceState
+
+from .program import Draft, Piece, leaving, pieces, union
+from .render import render
+from .rules import Entry, Place, Rule, Rules, ServiceRules, TableName, mark
+from .ruleset import (
+    GUARDED,
+    NOTHING,
+    Ruleset,
+    count,
+    ensured_rules,
+    entries_of,
+    fixed_chains,
+    framed_of,
+    ours,
+)
+
+REMEMBERED_ENDPOINTS = 20_000
+"""Rules of batches with more endpoints than this are rendered again where they are needed, rather than kept."""
+
+
+class Work:
+    """What a batch asks of one family.
+
+    `whole`: everything is compared with what is there; otherwise only `changes` are looked at.  `failed`: Service ports that
+    were left out, with the reason; they keep the state that is in force.
+    """
+
+    def __init__(
+        self,
+        ruleset: Ruleset,
+        changes: Mapping[ServicePortName, ServiceState | None],
+        host: HostState,
+        *,
+        full: bool,
+        whole: bool,
+    ) -> None:
+        self._ruleset = ruleset
+        self.endpoints = ruleset.endpoints_after(changes, full)
+        self.shape = ruleset.shape_for(host, self.endpoints)
+        self.whole = whole or full or self.shape != ruleset.shape
+        self.frame = framed_of(self.shape) if self.whole else ruleset.frame
+        self.failed: dict[ServicePortName, str] = {}
+        self._rendered: dict[ServicePortName, ServiceRules] = {}
+        self._states: dict[ServicePortName, ServiceState | None] = dict(changes)
+        if self.whole and not full:
+            self._states = {**ruleset.states, **changes}
+        self._keeps = sum(map(count, self._states.values())) <= REMEMBERED_ENDPOINTS
+        self._owners: dict[Rule, ServicePortName] = {}
+        self._wanted: set[str] = set()
+        self._shared = ruleset.new_shared(self.frame) if self.whole else ruleset.shared
+        self._stage()
+        if self.whole:
+            ruleset.compare_jumps(self.frame)
+
+    # -- what is wanted --
+
+    def names(self) -> list[ServicePortName]:
+        """Service ports that are looked at."""
+        return list(self._states)
+
+    def rules(self, name: ServicePortName) -> ServiceRules:
+        """What a Service port should have."""
+        known = self._rendered.get(name)
+        if known is not None:
+            return known
+        state = self._states[name]
+        if state is None:
+            return NOTHING
+        rules = render(state, self.shape)
+        if self._keeps:
+            self._rendered[name] = rules
+        return rules
+
+    def _stage(self) -> None:
+        added: dict[Place, list[Entry]] = {}
+        for name in self._states:
+            rules = self.rules(name)
+            self._wanted.update(rules.chains)
+            for place, entries in rules.entries.items():
+                added.setdefault(place, []).extend(entries)
+                self._owners.update({entry.rule: name for entry in entries})
+        removed = {} if self.whole else entries_of(map(self._ruleset.rules_of, self._states))
+        for place, shared in self._shared.items():
+            shared.change(removed.get(place, ()), added.get(place, ()))
+
+    def exclude(self, name: ServicePortName, why: str) -> None:
+        """Leave a Service port out: it keeps what is in force."""
+        refused = self.rules(name)
+        self.failed[name] = why
+        self._states[name] = self._ruleset.states.get(name)
+        self._rendered.pop(name, None)
+        self._wanted.difference_update(refused.chains)
+        kept = self.rules(name)
+        self._wanted.update(kept.chains)
+        for place, shared in self._shared.items():
+            shared.change(refused.entries.get(place, ()), kept.entries.get(place, ()))
+        self._owners.update({entry.rule: name for entries in kept.entries.values() for entry in entries})
+
+    def accept(self) -> None:
+        """Everything is in force."""
+        states = {} if self.whole else self._ruleset.states
+        for name, state in self._states.items():
+            if state is None:
+                states.pop(name, None)
+            else:
+                states[name] = state
+        for shared in self._shared.values():
+            shared.accept()
+        self._ruleset.accept(states, self.shape, self.frame, self._shared)
+
+    def give_up(self) -> None:
+        """Forget the batch."""
+        if not self.whole:
+            for shared in self._shared.values():
+                shared.give_up()
+
+    # -- pieces --
+
+    def together(self) -> Piece | None:
+        """All of it as one piece; None: nothing is to be done."""
+        nat = self._draft("nat")
+        self._fixed(nat)
+        self._own(nat, self.names())
+        for chain, before, after in self._dispatch("nat"):
+            self._write(nat, chain, before, after)
+        self._ensure(nat)
+        self._leave(nat, self._left_over("nat"))
+        first, last = self._refusals()
+        mangle = self._draft("mangle")
+        self._leave(mangle, self._left_over("mangle"))
+        return next(pieces((first, nat, last, mangle), together=True), None)
+
+    def frame_piece(self) -> Piece | None:
+        """What everything else leads to."""
+        nat = self._draft("nat")
+        self._fixed(nat)
+        return next(pieces((nat,), together=True), None)
+
+    def own_piece(self, names: Iterable[ServicePortName]) -> Piece | None:
+        """The chains of these Service ports."""
+        nat = self._draft("nat")
+        self._own(nat, names)
+        return next(pieces((nat,), together=True), None)
+
+    def groups(self, size: int) -> Iterator[list[ServicePortName]]:
+        """Names in groups with about so many chains."""
+        group: list[ServicePortName] = []
+        chains = 0
+        for name, state in self._states.items():
+            group.append(name)
+            chains += count(state) + 2
+            if chains >= size:
+                yield group
+                group, chains = [], 0
+        if group:
+            yield group
+
+    def first_refusals(self) -> Piece | None:
+        """Refusals of both states."""
+        first, _ = self._refusals()
+        return next(pieces((first,), together=True), None)
+
+    def dispatch_pieces(self, size: int) -> Iterator[Piece]:
+        """Nodes of the tree in groups, then the root with the jumps."""
+        nat = self._draft("nat")
+        for chain, before, after in self._dispatch("nat"):
+            self._write(nat, chain, before, after)
+            if nat.chains >= size:
+                yield from pieces((nat,), together=True)
+                nat = self._draft("nat")
+        self._ensure(nat)
+        yield from pieces((nat,), together=True)
+
+    def last_pieces(self, size: int) -> Iterator[Piece]:
+        """Refusals of the new state alone, and what nothing leads to any more."""
+        _, last = self._refusals()
+        yield from pieces((last,), together=True)
+        for table in ("nat", "mangle"):
+            left = self._left_over(table)
+            for start in range(0, max(len(left), 1), size):
+                draft = self._draft(table)
+                self._leave(draft, left[start : start + size])
+                yield from pieces((draft,), together=True)
+
+    # -- their parts --
+
+    def _draft(self, table: TableName) -> Draft:
+        return Draft(table, self._ruleset.present[table])
+
+    def _fixed(self, draft: Draft) -> None:
+        if not self.whole:
+            return
+        for place, rules in fixed_chains(self.frame).items():
+            if place.table == draft.table and not self._is_there(place.table, place.chain, rules):
+                draft.write(place.chain, rules)
+
+    def _own(self, draft: Draft, names: Iterable[ServicePortName]) -> None:
+        for name in names:
+            for chain, rules in self.rules(name).chains.items():
+                if not self._is_there("nat", chain, rules):
+                    draft.write(chain, rules, name)
+
+    def _is_there(self, table: TableName, chain: str, rules: Rules) -> bool:
+        return self._ruleset.present[table].get(chain) == mark(rules)
+
+    def _dispatch(self, table: TableName) -> Iterator[tuple[str, Rules | None, Rules]]:
+        """Shared chains of a table that are not as they should be: name, what is there if that is known, what should be."""
+        for place, shared in self._shared.items():
+            if place.table != table:
+                continue
+            for chain, (before, after) in shared.pending().items():
+                if after is None or self._is_there(table, chain, after):
+                    continue
+                known = before is not None and self._is_there(table, chain, before)
+                yield chain, before if known else None, after
+
+    def _write(self, draft: Draft, chain: str, before: Rules | None, after: Rules) -> None:
+        if before is None:
+            draft.write(chain, after, self._owners)
+        else:
+            draft.change(chain, before, after, self._owners)
+
+    def _ensure(self, draft: Draft) -> None:
+        """Put rules that lead to us where they are missing, in order."""
+        for rule in ensured_rules(self.frame):
+            if rule.table != draft.table or rule in self._ruleset.ensured:
+                continue
+            guarded = (rule.table, rule.chain) == GUARDED
+            if guarded and not self._ruleset.has_guarded:
+                draft.declare(rule.chain)
+            draft.ensure(rule, at_end=guarded)
+
+    def _refusals(self) -> tuple[Draft, Draft]:
+        """The filter table, before and after dispatch changes.
+
+        What refuses concerns untranslated packets alone: it may come early and must not leave late or early.
+        """
+        first = self._draft("filter")
+        self._fixed(first)
+        second: list[tuple[str, Rules, Rules]] = []
+        for chain, before, after in self._dispatch("filter"):
+            both = after if before is None else union(before, after)
+            self._write(first, chain, before, both)
+            if both != after:
+                second.append((chain, both, after))
+        self._ensure(first)
+        present = {**self._ruleset.present["filter"]}
+        present.update({chain: known for chain, known in first.marks.items() if known is not None})
+        last = Draft("filter", present)
+        for chain, before, after in second:
+            last.change(chain, before, after, self._owners)
+        self._leave(last, self._left_over("filter"))
+        return first, last
+
+    def _left_over(self, table: TableName) -> list[str]:
+        """Chains of ours or kube-proxy's that are there and not wanted, those first that lead to others."""
+        present = self._ruleset.present[table]
+        if self.whole:
+            wanted = {place.chain for place in fixed_chains(self.frame) if place.table == table}
+            for place, shared in self._shared.items():
+                if place.table == table:
+                    wanted.update(shared.chains())
+            if table == "nat":
+                wanted |= self._wanted
+            gone = [chain for chain in present if chain not in wanted and ours(table, chain)]
+        elif table == "nat":
+            before = {chain for name in self._states for chain in self._ruleset.rules_of(name).chains}
+            gone = [chain for chain in before - self._wanted if chain in present]
+            for shared in self._shared.values():
+                gone += [c for c, (_, after) in shared.pending().items() if after is None and c in present]
+        else:
+            gone = []
+        return leaving(gone, lambda chain: chain.startswith("KUBE-SVC-TREE."))
+
+    def _leave(self, draft: Draft, chains: Sequence[str]) -> None:
+        """Take chains away; those that rules of others lead to stay, empty."""
+        if self.whole:
+            for jump in self._ruleset.stale:
+                if jump.table == draft.table:
+                    draft.drop(jump)
+        for chain in chains:
+            if (draft.table, chain) not in self._ruleset.used:
+                draft.remove(chain)
+            elif self._ruleset.present[draft.table].get(chain) != mark(()):
+                draft.write(chain, ())
