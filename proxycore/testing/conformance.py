@@ -31,6 +31,7 @@ from .scenario import (
     Render,
     Scenario,
     Step,
+    backend_options,
     configuration,
 )
 
@@ -59,6 +60,20 @@ DUMPS: Mapping[str, tuple[tuple[str, ...], ...]] = {
     "ipvs": (("ipvsadm", "-Sn"),),
 }
 """Commands that print all rules of a backend, as a person would look at them."""
+
+VARIANTS: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
+    "iptables": {"legacy": {"variant": "legacy"}, "nft": {"variant": "nft"}},
+}
+"""Backends that write to more than one part of the kernel: by a name for people, the options that choose one."""
+
+
+def dump_of(backend: str, options: Mapping[str, Any] | None = None) -> tuple[tuple[str, ...], ...]:
+    """The commands of DUMPS for a backend with these options; none for a backend that is not known."""
+    commands = DUMPS.get(backend, ())
+    variant = (options or {}).get("variant", "auto")
+    if backend != "iptables" or variant == "auto":
+        return commands
+    return tuple((name.replace("-", f"-{variant}-"), *words) for name, *words in commands)
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,20 +120,23 @@ def run_scenario(
     backend: str,
     *,
     capabilities: Collection[Capability] | None = None,
+    options: Mapping[str, Any] | None = None,
     command: Sequence[str] = PROXYCTL,
     dump: Sequence[Sequence[str]] | None = None,
     environment: Mapping[str, str] | None = None,
 ) -> Report:
     """Run one scenario from an empty lab to SIGTERM.
 
-    `dump` are the commands whose output `render` is about, for a backend that DUMPS does not know.  Raises OSError or
-    KernelError when the lab cannot be set up; every fault of the proxy is a failure of the report.
+    `options` are the backend's own settings (`backendOptions`).  `dump` are the commands whose output `render` is about, for a
+    backend that DUMPS does not know.  Raises OSError or KernelError when the lab cannot be set up; every fault of the proxy is
+    a failure of the report.
     """
     begun = time.monotonic()
     if (reason := unheld(scenario, backend, capabilities)) is not None:
         return Report(scenario, backend, skipped=(reason,))
     with Lab(_ports(scenario)) as lab, tempfile.TemporaryDirectory(prefix="px-") as directory:
-        run = _Run(scenario, backend, lab, Path(directory), capabilities, dump or DUMPS.get(backend, ()))
+        dump = dump or dump_of(backend, options)
+        run = _Run(scenario, backend, lab, Path(directory), capabilities, dump, options or {})
         failures, log = run.play(command, environment)
     return Report(scenario, backend, failures, tuple(run.skipped), time.monotonic() - begun, log)
 
@@ -134,6 +152,7 @@ class _Run:
         directory: Path,
         capabilities: Collection[Capability] | None,
         dump: Sequence[Sequence[str]],
+        options: Mapping[str, Any],
     ) -> None:
         self.scenario = scenario
         self.backend = backend
@@ -141,6 +160,7 @@ class _Run:
         self.directory = directory
         self.capabilities = capabilities
         self.dump = dump
+        self.options = options
         self.skipped: list[str] = []
         self.traffic = Traffic(lab)
         self.manifests = Manifests(directory / "objects")
@@ -175,7 +195,10 @@ class _Run:
         import yaml
 
         config = self.directory / "config.yaml"
-        config.write_text(yaml.safe_dump(configuration(self.scenario, self.backend)))
+        documents = [configuration(self.scenario, self.backend)]
+        if self.options:
+            documents.append(backend_options(self.backend, self.options))
+        config.write_text(yaml.safe_dump_all(documents))
         # One lock file for the whole host would make labs side by side wait for each other.
         lock = {"XTABLES_LOCKFILE": str(self.directory / "xtables.lock")}
         return ProxyProcess(

@@ -177,6 +177,15 @@ def configuration(scenario: Scenario, backend: str) -> dict[str, Any]:
     return _overlay(defaults, scenario.config)
 
 
+def backend_options(backend: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """The ProxycoreConfiguration that gives a backend its own settings; a second document of the configuration file."""
+    return {
+        "apiVersion": "proxycore.io/v1alpha1",
+        "kind": "ProxycoreConfiguration",
+        "backendOptions": {backend: dict(options)},
+    }
+
+
 def _overlay(below: dict[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
     result = dict(below)
     for key, value in above.items():

@@ -10,7 +10,7 @@ import pytest
 
 from proxycore.plugins import list_plugins
 from proxycore.testing import netns
-from proxycore.testing.conformance import run_scenario, unheld
+from proxycore.testing.conformance import VARIANTS, run_scenario, unheld
 from proxycore.testing.scenario import load
 
 BACKENDS = [
@@ -18,9 +18,14 @@ BACKENDS = [
     for listed in list_plugins()
     if listed.facts is None or listed.facts.state == "available"
 ]
-PAIRS = [
-    pytest.param(scenario, backend, id=f"{backend}-{scenario.id}")
+RUNS = [
+    (backend, options, f"{backend}-{variant}" if variant else backend)
     for backend in BACKENDS
+    for variant, options in VARIANTS.get(backend, {"": None}).items()
+]
+PAIRS = [
+    pytest.param(scenario, backend, options, id=f"{name}-{scenario.id}")
+    for backend, options, name in RUNS
     for scenario in load()
     if unheld(scenario, backend) is None
 ]
@@ -38,11 +43,11 @@ def problems(backend: str) -> str:
     return "" if found["state"] == "fit" else "; ".join(found["problems"]) or found["summary"]
 
 
-@pytest.mark.parametrize(("scenario", "backend"), PAIRS)
-def test_scenario(scenario, backend):
+@pytest.mark.parametrize(("scenario", "backend", "options"), PAIRS)
+def test_scenario(scenario, backend, options):
     if reason := problems(backend):
         pytest.skip(f"{backend}: {reason}")
-    report = run_scenario(scenario, backend)
+    report = run_scenario(scenario, backend, options=options)
     assert report.passed, str(report)
 
 
