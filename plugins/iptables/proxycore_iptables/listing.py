@@ -24,7 +24,7 @@ class TableListing(msgspec.Struct, frozen=True, kw_only=True):
     """One table.
 
     `marks`: our chains that are there, in the order of the listing, with `rules.mark` of what they hold.  `rules`: of those that
-    were to be kept.  `built_in`: rules of every built-in chain, whosever they are.  `policies`: ACCEPT or DROP, of
+    were to be kept, whosever they are.  `others`: chains that are neither ours nor built in.  `built_in`: rules of every built-in chain, whosever they are.  `policies`: ACCEPT or DROP, of
     the built-in chains.  `users`: our chains to which a rule in a chain of somebody else leads, with the first such
     rule as an `-A` line.
     """
@@ -34,6 +34,7 @@ class TableListing(msgspec.Struct, frozen=True, kw_only=True):
     built_in: Mapping[str, Rules] = {}
     policies: Mapping[str, str] = {}
     users: Mapping[str, str] = {}
+    others: frozenset[str] = frozenset()
 
 
 class Listing(msgspec.Struct, frozen=True, kw_only=True):
@@ -45,6 +46,28 @@ class Listing(msgspec.Struct, frozen=True, kw_only=True):
     def table(self, name: str) -> TableListing:
         """A table; an empty one when it was not listed, since then nothing is in it."""
         return self.tables.get(name, TableListing())
+
+    def marks(self, table: str) -> Mapping[str, int]:
+        """Our chains of a table."""
+        return self.table(table).marks
+
+    def built_in(self, table: str) -> Mapping[str, Rules]:
+        """The built-in chains of a table."""
+        return self.table(table).built_in
+
+    def users(self, table: str) -> Mapping[str, str]:
+        """Our chains of a table that rules of others lead to, with such a rule."""
+        return self.table(table).users
+
+    def has_chain(self, table: str, chain: str) -> bool:
+        """Is there a chain of this name, whosever it is?"""
+        found = self.table(table)
+        return chain in found.marks or chain in found.others or chain in found.built_in
+
+    def rules(self, table: str, chain: str) -> Rules:
+        """Rules of a chain that was to be kept, or of a built-in one; none when there is no such chain."""
+        found = self.table(table)
+        return found.rules.get(chain) or found.built_in.get(chain, ())
 
 
 class Counted(NamedTuple):
@@ -62,7 +85,7 @@ def read(
 ) -> Listing:
     """Read the output of `iptables-save` without counters.
 
-    Args: `ours(table, chain)`: is a chain of this name ours?  `keep`: names of chains of ours whose rules are wanted; None: all.
+    Args: `ours(table, chain)`: is a chain of this name ours?  `keep`: names of chains whose rules are wanted; None: all of ours.
     Raises ValueError when rules of a chain do not stand together, which no version of the tool prints, or when the
     listing ends before a table does.
     """
@@ -106,6 +129,7 @@ class _Reader:
         self._built_in: dict[str, Rules] = {}
         self._policies: dict[str, str] = {}
         self._users: dict[str, str] = {}
+        self._others: set[str] = set()
         self._chain = ""
         self._held: list[Rule] = []
 
@@ -113,10 +137,14 @@ class _Reader:
         if policy != "-":
             self._policies[chain] = policy
             self._built_in[chain] = ()
-        elif self._ours(self.table, chain):
+            return
+        ours = self._ours(self.table, chain)
+        if ours:
             self._marks[chain] = _EMPTY
-            if self._keep is None or chain in self._keep:
-                self._rules[chain] = ()
+        else:
+            self._others.add(chain)
+        if ours if self._keep is None else chain in self._keep:
+            self._rules[chain] = ()
 
     def begin(self, chain: str) -> list[Rule]:
         """The list to which the rules of this chain are added."""
@@ -132,8 +160,6 @@ class _Reader:
             if self._marks[chain] != _EMPTY:
                 raise ValueError(f"rules of chain {chain} in table {self.table} do not stand together")
             self._marks[chain] = mark(rules)
-            if chain in self._rules:
-                self._rules[chain] = rules
         elif chain in self._built_in:
             if self._built_in[chain]:
                 raise ValueError(f"rules of chain {chain} in table {self.table} do not stand together")
@@ -146,6 +172,8 @@ class _Reader:
                     target = target_of(line)
                     if target in self._marks:
                         self._users.setdefault(target, line)
+        if chain in self._rules:
+            self._rules[chain] = rules
         self._held = []
 
     def finished(self) -> TableListing:
@@ -156,6 +184,7 @@ class _Reader:
             built_in=self._built_in,
             policies=self._policies,
             users=self._users,
+            others=frozenset(self._others),
         )
 
 

@@ -56,7 +56,22 @@ def test_our_chains_are_marks_and_those_to_keep_are_rules(lines):
         "KUBE-SERVICES": mark(services),
         "KUBE-SVC-GONE": mark(()),
     }
-    assert nat.rules == {"KUBE-SERVICES": services}
+    docker = nat.rules["DOCKER"]
+    assert nat.rules == {"KUBE-SERVICES": services, "DOCKER": docker}
+    assert docker[2] == "-s 10.0.0.0/8 -g KUBE-MARK-MASQ"
+
+
+def test_chains_and_their_rules_by_name(lines):
+    listing = read(lines, ours=ours, keep={"DOCKER"})
+    there = ["DOCKER", "KUBE-SVC-GONE", "OUTPUT"]
+    assert [name for name in (*there, "KUBE-SVC-NEVER") if listing.has_chain("nat", name)] == there
+    assert not listing.has_chain("filter", "OUTPUT")
+    assert len(listing.rules("nat", "DOCKER")) == 3
+    assert listing.rules("nat", "OUTPUT") == ("-j KUBE-SERVICES",)
+    assert listing.rules("nat", "NEVER") == listing.rules("filter", "OUTPUT") == ()
+    assert listing.marks("nat") == listing.table("nat").marks
+    assert listing.users("nat").keys() == {"KUBE-MARK-MASQ"}
+    assert listing.built_in("mangle") == {"PREROUTING": ()}
 
 
 def test_all_rules_of_ours_can_be_kept(lines):
