@@ -23,10 +23,10 @@ _COUNTED = re.compile(r"\[(\d+):(\d+)\] -A (\S+) ?(.*)")
 class TableListing(msgspec.Struct, frozen=True, kw_only=True):
     """One table.
 
-    `marks`: our chains that are there, in the order of the listing, with `rules.mark` of what they hold.  `rules`: of those that
-    were to be kept, whosever they are.  `others`: chains that are neither ours nor built in.  `built_in`: rules of every built-in chain, whosever they are.  `policies`: ACCEPT or DROP, of
-    the built-in chains.  `users`: our chains to which a rule in a chain of somebody else leads, with the first such
-    rule as an `-A` line.
+    `marks`: our chains that are there, in the order of the listing, with `rules.mark` of what they hold.  `rules`: of
+    those chains that were to be kept, whosever they are.  `built_in`: rules of every built-in chain; `policies`: what
+    becomes of the rest there, ACCEPT or DROP.  `users`: our chains to which a rule in a chain of somebody else leads,
+    with the first such rule as an `-A` line.  `others`: chains that are neither ours nor built in.
     """
 
     marks: Mapping[str, int] = {}
@@ -173,7 +173,7 @@ class _Reader:
                     if target in self._marks:
                         self._users.setdefault(target, line)
         if chain in self._rules:
-            self._rules[chain] = rules
+            self._rules[chain] += rules
         self._held = []
 
     def finished(self) -> TableListing:
