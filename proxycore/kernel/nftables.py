@@ -1,4 +1,5 @@
-"""nf_tables by netlink, as far as finding other owners' tables needs it: listing tables and chains, deleting a table.
+"""nf_tables by netlink, as far as finding other owners' tables needs it: listing tables and chains, deleting a table, the
+number of the ruleset.
 
 Messages and attributes: `linux/netfilter/nf_tables.h`.  Needs no `nft` program.
 """
@@ -27,13 +28,32 @@ from .netlink import (
 NftFamily = Literal["ip", "ip6"]
 
 _SUBSYSTEM = 10
-_GETTABLE, _DELTABLE, _GETCHAIN = 1, 2, 4
+_GETTABLE, _DELTABLE, _GETCHAIN, _GETGEN = 1, 2, 4, 16
 _BATCH_BEGIN, _BATCH_END = 0x10, 0x11
+_GENERATION = 1
 _NFGENMSG = struct.Struct(">BBH")
 _TABLE_NAME = 1
 _CHAIN_TABLE, _CHAIN_NAME = 1, 3
 _PROTOCOLS: dict[NftFamily, int] = {"ip": 2, "ip6": 10}
 _NO_NF_TABLES = (errnos.EOPNOTSUPP, errnos.EINVAL, errnos.EPROTONOSUPPORT, errnos.EAFNOSUPPORT)
+
+
+def generation(on: NetlinkSocket) -> int:
+    """Number of the ruleset of a NETLINK_NETFILTER socket's network namespace; each commit of anybody raises it by one.
+
+    Raises KernelError: the kernel has no nf_tables, or we may not ask.
+    """
+    seq = on.request(_SUBSYSTEM << 8 | _GETGEN, _NFGENMSG.pack(socket.AF_UNSPEC, 0, 0))
+    while True:
+        for reply in on.receive():
+            if reply.seq != seq:
+                continue
+            if reply.type == NLMSG_ERROR:
+                fault = error_of(reply)
+                raise KernelError(
+                    f"cannot read the ruleset's generation: {fault}", errno=fault.errno if fault else 0
+                )
+            return int.from_bytes(parse_attributes(reply.body[_NFGENMSG.size :])[_GENERATION], "big")
 
 
 class NfTables:
@@ -47,6 +67,14 @@ class NfTables:
 
     def __exit__(self, *_: object) -> None:
         self._socket.close()
+
+    def close(self) -> None:
+        """Close; doing it twice does no harm."""
+        self._socket.close()
+
+    def generation(self) -> int:
+        """Number of the ruleset; each commit of anybody, in any family, raises it by one."""
+        return generation(self._socket)
 
     def tables(self, family: NftFamily) -> frozenset[str]:
         """Names of the tables of a family; empty where the kernel has no nf_tables for it."""

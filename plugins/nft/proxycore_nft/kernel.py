@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
 from proxycore.api import KernelError
+from proxycore.kernel import nftables
 from proxycore.kernel.netlink import (
     NETLINK_NETFILTER,
     NLMSG_ERROR,
@@ -128,14 +129,7 @@ class NetlinkKernel:
     # -- reading --
 
     def generation(self) -> int:
-        seq = self._send(encode.GETGEN, "ip", b"", 0)
-        while True:
-            for reply in self._socket.receive():
-                if reply.seq != seq:
-                    continue
-                if reply.type == NLMSG_ERROR:
-                    raise KernelError(f"cannot read the ruleset's generation: {error_of(reply)}")
-                return int.from_bytes(parse_attributes(reply.body[4:])[1], "big")
+        return nftables.generation(self._socket)
 
     def tables(self, family: str) -> set[str]:
         return {text_of(found[1]) for found in self._dump(encode.GETTABLE, family, b"")}

@@ -1,0 +1,113 @@
+"""Named counters of the kernel (nfacct), which rules with `-m nfacct` raise and kube-proxy's metrics show."""
+
+from __future__ import annotations
+
+import errno as errnos
+import socket
+import struct
+from collections.abc import Sequence
+from typing import Self
+
+from proxycore.api import KernelError
+from proxycore.kernel import xtables
+from proxycore.kernel.netlink import (
+    NETLINK_NETFILTER,
+    NLM_F_CREATE,
+    NLM_F_EXCL,
+    NetlinkSocket,
+    attribute,
+    parse_attributes,
+    text_of,
+)
+from proxycore.kernel.xtables import RestoreRefused, Tools
+
+INVALID_DROPPED = "ct_state_invalid_dropped_pkts"
+"""Packets dropped because connection tracking calls them invalid."""
+LOCALHOST_ACCEPTED = "localhost_nps_accepted_pkts"
+"""First packets to node ports of loopback addresses."""
+NAMES = (INVALID_DROPPED, LOCALHOST_ACCEPTED)
+
+_SUBSYSTEM = 7
+_NEW, _GET, _DELETE = (_SUBSYSTEM << 8 | kind for kind in (0, 1, 3))
+_NAME, _PACKETS = 1, 2
+_HEADER = struct.Struct(">BBH").pack(socket.AF_UNSPEC, 0, 0)
+_PROBE = "PROXYCORE-PROBE"
+"""A chain of the filter table that is there for a moment at most."""
+
+
+class Counting:
+    """The counters of the calling thread's network namespace; to be used by one thread.
+
+    Raises KernelError, as its methods do.
+    """
+
+    def __init__(self) -> None:
+        self._socket = NetlinkSocket(NETLINK_NETFILTER, timeout_seconds=30)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close; doing it twice does no harm."""
+        self._socket.close()
+
+    def ensure(self, names: Sequence[str] = NAMES) -> tuple[str, ...]:
+        """Make counters that are not there yet, and return those; the others go on counting."""
+        return tuple(
+            name for name in names if self._do("made", _NEW, name, errnos.EEXIST, NLM_F_CREATE | NLM_F_EXCL)
+        )
+
+    def packets(self, names: Sequence[str] = NAMES) -> dict[str, int]:
+        """Packets counted since each was made; one that is not there is missing."""
+        found: dict[str, int] = {}
+        for entry in self._socket.dump(_GET, _HEADER):
+            parts = parse_attributes(entry.body[len(_HEADER) :])
+            name = text_of(parts[_NAME])
+            if name in names:
+                found[name] = int.from_bytes(parts[_PACKETS], "big")
+        return found
+
+    def delete(self, names: Sequence[str] = NAMES) -> tuple[str, ...]:
+        """Delete counters and return those that were there.  Raises KernelError (EBUSY: a rule uses it): it is still there."""
+        return tuple(name for name in names if self._do("deleted", _DELETE, name, errnos.ENOENT))
+
+    def _do(self, done: str, kind: int, name: str, unless: int, flags: int = 0) -> bool:
+        """Was it done?  False if the kernel says `unless`."""
+        fault = self._socket.transact(kind, _HEADER + attribute(_NAME, name.encode() + b"\0"), flags)
+        if fault is None:
+            return True
+        if fault.errno == unless:
+            return False
+        raise KernelError(f"the counter {name} cannot be {done}: {fault}", errno=fault.errno)
+
+
+def problem(tools: Tools) -> str | None:
+    """Why there can be no such counters here, in a sentence; None if there can.
+
+    Makes the counter INVALID_DROPPED, if it can, and for a moment a chain in the filter table that no packet meets.
+    Raises KernelError: the lock is another's, or that chain, which was made, could not be taken away again.
+    """
+    try:
+        with Counting() as counting:
+            counting.ensure((INVALID_DROPPED,))
+    except KernelError as error:
+        return f"the kernel has no nfacct counters: {error}"
+    rule = f"-A {_PROBE} -m nfacct --nfacct-name {INVALID_DROPPED}"
+    make, remove = f":{_PROBE} - [0:0]\n{rule}\n", f"-F {_PROBE}\n-X {_PROBE}\n"
+    # In nft the kernel checks the rule even if it goes in the same commit; legacy's kernel sees only what is left at the end.
+    first = make + (remove if tools.variant == "nft" else "")
+    try:
+        xtables.restore(tools, f"*filter\n{first}COMMIT\n")
+    except RestoreRefused as error:
+        return f"{tools} cannot count with nfacct: {error}"
+    if tools.variant == "legacy":
+        xtables.restore(tools, f"*filter\n:{_PROBE} - [0:0]\n-X {_PROBE}\nCOMMIT\n")
+    return None
+
+
+def available(tools: Tools) -> bool:
+    """Can rules of this variant and family count by name?  Does and raises as problem()."""
+    return problem(tools) is None
