@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import socket
-import threading
-import time
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +12,8 @@ import pytest
 import yaml
 
 from proxycore.kernel import kubeproxy
-from proxycore.testing.lab import NODE_NAME, ClientKind, Lab
+from proxycore.testing.clients import Call, Clients, connected, pod_call, wait_until, who
+from proxycore.testing.lab import NODE_NAME, Lab
 from proxycore.testing.process import Manifests, ProxyProcess
 from proxycore.testing.scenario import DEFAULT_NODE
 
@@ -24,89 +21,20 @@ from .rules import PREFIX, VARIANTS, Served, kube_proxy, load, others, saved
 
 pytestmark = pytest.mark.root
 
-CONNECT_SECONDS = 0.9
-"""Less than it takes TCP to send its SYN again: one that got lost is a failure."""
-PATIENCE_SECONDS = 30.0
 SERVICES = (
     Served("default/web:http", "172.30.0.41", ("10.180.0.1:8080", "10.180.0.2:8080"), 30041),
     Served("default/more:http", "172.30.0.43", ("10.180.0.3:8080",)),
     Served("default/web6:http", "fd00:172:30::41", ("[fd00:10::1]:8080",), 30042),
 )
 POD_CIDR = {"IPv4": "10.0.0.0/8", "IPv6": "fd00:10::/64"}
-Call = tuple[ClientKind, str, str, int]
-CALLS: tuple[Call, ...] = (
-    ("pod", "10.0.0.2", "172.30.0.41", 80),
-    ("pod", "10.0.0.2", "172.30.0.43", 80),
-    ("node", "192.168.0.2", "172.30.0.41", 80),
-    ("external", "203.0.113.2", "192.168.0.2", 30041),
-    ("pod", "fd00:10::2", "fd00:172:30::41", 80),
-    ("external", "2600:5200::1", "2001:db8::1", 30042),
+CALLS = (
+    pod_call("172.30.0.41"),
+    pod_call("172.30.0.43"),
+    Call("node", "192.168.0.2", "172.30.0.41"),
+    Call("external", "203.0.113.2", "192.168.0.2", 30041),
+    pod_call("fd00:172:30::41"),
+    Call("external", "2600:5200::1", "2001:db8::1", 30042),
 )
-"""Kind and address of the client, address and port that it dials."""
-
-
-def connected(lab: Lab, call: Call) -> socket.socket:
-    kind, source, address, port = call
-    made = lab.client(kind, "tcp", source)
-    made.settimeout(CONNECT_SECONDS)
-    try:
-        made.connect((address, port))
-    except BaseException:
-        made.close()
-        raise
-    return made
-
-
-def ask(made: socket.socket) -> str:
-    """Who answers.  Raises OSError or ValueError when nobody does."""
-    made.sendall(b"who?\n")
-    return str(json.loads(made.recv(4096))["at"])
-
-
-class Clients:
-    """Dials everything in turn until the end of the block, and keeps who answered and what went wrong."""
-
-    def __init__(self, lab: Lab, calls: Sequence[Call] = CALLS) -> None:
-        self._lab, self._calls = lab, calls
-        self._ending = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="clients", daemon=True)
-        self.answers: dict[object, Counter[str]] = {call: Counter() for call in calls}
-        self.failures: list[str] = []
-
-    def __enter__(self) -> Clients:
-        return self
-
-    def start(self) -> None:
-        self._thread.start()
-
-    def __exit__(self, *_: object) -> None:
-        self._ending.set()
-        self._thread.join()
-
-    def _run(self) -> None:
-        while not self._ending.is_set():
-            for call in self._calls:
-                try:
-                    with connected(self._lab, call) as made:
-                        self.answers[call][ask(made)] += 1
-                        # No TIME_WAIT: thousands of them would be left behind.
-                        made.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
-                except (OSError, ValueError) as error:
-                    self.failures.append(f"{call}: {error!r}")
-
-    def rounds(self) -> int:
-        return min(counts.total() for counts in self.answers.values())
-
-    def wait_for_more(self, rounds: int = 5) -> None:
-        wanted = self.rounds() + rounds
-        wait_until(lambda: self.rounds() >= wanted or bool(self.failures))
-
-
-def wait_until(true: Callable[..., bool], what: Callable[[], str] = lambda: "") -> None:
-    deadline = time.monotonic() + PATIENCE_SECONDS
-    while not true():
-        assert time.monotonic() < deadline, what()
-        time.sleep(0.01)
 
 
 @pytest.fixture
@@ -230,7 +158,7 @@ def streams(lab) -> Iterator[Callable[..., None]]:
             if not opened:
                 opened.extend(stack.enter_context(connected(lab, call)) for call in calls)
             for made in opened:
-                ask(made)
+                who(made)
 
         yield prove
 
@@ -243,8 +171,7 @@ def test_taking_over_from_the_iptables_mode(lab, tmp_path, streams, variant):
     before = listings(lab)
     load_all(lab, variant)
     node = Node(lab, tmp_path)
-    with Clients(lab) as clients:
-        clients.start()
+    with Clients(lab, CALLS) as clients:
         clients.wait_for_more()
         streams()
         with node.proxy("auto") as proxy:
@@ -264,14 +191,15 @@ def test_taking_over_from_the_iptables_mode(lab, tmp_path, streams, variant):
 def test_killed_while_taking_over_and_started_again(lab, tmp_path, streams):
     """At another place each time, with rules of both variants to remove."""
     node = Node(lab, tmp_path)
-    with Clients(lab) as clients:
+    for variant in VARIANTS:
+        load_all(lab, variant)
+    with Clients(lab, CALLS) as clients:
+        clients.wait_for_more()
+        streams()
         for removals in (0, 1, 4, 30):
-            for variant in VARIANTS:
-                load_all(lab, variant)
-            if not removals:
-                clients.start()
-                clients.wait_for_more()
-                streams()
+            if removals:
+                for variant in VARIANTS:
+                    load_all(lab, variant)
             with node.proxy("auto") as proxy:
                 wait_until(
                     lambda least=removals: node.log.read_text().count("msg=removed") >= least, proxy.tail
@@ -290,8 +218,7 @@ def test_leaving_lets_both_work(lab, tmp_path, streams):
     load_all(lab, "nft")
     before = listings(lab)
     node = Node(lab, tmp_path)
-    with Clients(lab) as clients:
-        clients.start()
+    with Clients(lab, CALLS) as clients:
         clients.wait_for_more()
         streams()
         with node.proxy("leave") as proxy:
@@ -425,7 +352,6 @@ def test_taking_over_from_the_nftables_mode(lab, tmp_path, streams):
     node = Node(lab, tmp_path)
     calls = tuple(call for call in CALLS if call != stale)
     with Clients(lab, calls) as clients:
-        clients.start()
         clients.wait_for_more()
         streams(calls)
         with node.proxy("auto") as proxy:
@@ -435,7 +361,7 @@ def test_taking_over_from_the_nftables_mode(lab, tmp_path, streams):
             streams(calls)
             wait_until(lambda: proxy.tail().count('what="nftables: table ip') == 2, proxy.tail)
             with connected(lab, stale) as made:
-                assert ask(made) == SERVICES[1].endpoints[0]
+                assert who(made) == SERVICES[1].endpoints[0]
             assert proxy.stop() is None, proxy.tail()
     assert clients.failures == []
     assert "table ip kube-proxy-of-mine" in lab.node.run(["nft", "list", "tables"]).stdout
