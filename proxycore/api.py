@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from .backend import (
     API_VERSION,
+    INVALID_DROPPED,
+    LOCALHOST_NODE_PORTS_ACCEPTED,
     ApplyResult,
     BackendContext,
     BackendInfo,
@@ -69,6 +71,8 @@ from .source import (
 
 __all__ = [
     "API_VERSION",
+    "INVALID_DROPPED",
+    "LOCALHOST_NODE_PORTS_ACCEPTED",
     "APIObject",
     "EndpointSlice",
     "Kind",

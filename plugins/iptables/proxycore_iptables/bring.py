@@ -6,7 +6,7 @@ variant, goes in piece by piece, halved until the Service port at fault stands a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from proxycore.api import KernelError, ServicePortName
 
@@ -33,6 +33,11 @@ class Bringer:
         self._ran = ran
         self._in_a_row = 0
         self.operations = 0
+
+    @property
+    def failed(self) -> Mapping[ServicePortName, str]:
+        """Service ports that were left out, with the reason."""
+        return self._work.failed
 
     def bring(self) -> None:
         """Until everything is in force but what had to be left out.

@@ -2,29 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
-from typing import NamedTuple, Protocol
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Protocol
 
 from proxycore.api import Family
 from proxycore.kernel import xtables
 from proxycore.kernel.xtables import LockHeld, RestoreRefused, Tools, Variant
 
-from .listing import Listing, read
+from .listing import Counted, Listing, counters, read
 from .program import Section
 from .rules import Place, Rules, TableName
-from .ruleset import KEPT_WHOLE, ours
+from .ruleset import KEPT_WHOLE, shown
 
-__all__ = ["Live", "LockHeld", "Counted", "RestoreRefused", "ToolTables"]
+__all__ = ["Counted", "Live", "LockHeld", "RestoreRefused", "ToolTables"]
 
 READ_TABLES: tuple[TableName, ...] = ("filter", "mangle", "nat")
-
-
-class Counted(NamedTuple):
-    """A rule's counters."""
-
-    place: Place
-    rule: str
-    packets: int
 
 
 class Live(Protocol):
@@ -32,6 +24,7 @@ class Live(Protocol):
 
     family: Family
     variant: Variant
+    name: str
 
     def read(self, keep: Collection[str] = ()) -> Listing:
         """Everything that is there; rules of the chains in `keep` by their text."""
@@ -42,8 +35,8 @@ class Live(Protocol):
     def rules(self, place: Place) -> Rules | None:
         """Rules of one chain; None: there is none."""
 
-    def counters(self, chains: Collection[Place]) -> Iterable[Counted]:
-        """Counters of the rules of these chains."""
+    def counters(self, wanted: Callable[[str, str], bool]) -> list[Counted]:
+        """Counters of the rules of nat whose table and chain are wanted."""
 
 
 class ToolTables:
@@ -53,11 +46,14 @@ class ToolTables:
         self.family = tools.family
         self.variant = tools.variant
         self.tools = tools
+        self.name = str(tools)
         self._lock_seconds = lock_seconds
 
     def read(self, keep: Collection[str] = ()) -> Listing:
         wanted = {*KEPT_WHOLE, *keep}
-        return xtables.save(self.tools, lambda lines: read(lines, ours=ours, keep=wanted), tables=READ_TABLES)
+        return xtables.save(
+            self.tools, lambda lines: read(lines, ours=shown, keep=wanted), tables=READ_TABLES
+        )
 
     def restore(self, text: str, sections: Sequence[Section]) -> None:
         xtables.restore(self.tools, text, self._lock_seconds)
@@ -65,13 +61,15 @@ class ToolTables:
     def rules(self, place: Place) -> Rules | None:
         if self.variant == "nft":
             return xtables.list_chain(self.tools, place.table, place.chain)
-        listing = self.read({place.chain})
-        if not listing.has_chain(place.table, place.chain):
-            return None
-        return listing.rules(place.table, place.chain)
+        return self.read({place.chain}).table(place.table).rules.get(place.chain)
 
-    def counters(self, chains: Collection[Place]) -> Iterable[Counted]:
-        raise NotImplementedError
+    def counters(self, wanted: Callable[[str, str], bool]) -> list[Counted]:
+        return xtables.save(
+            self.tools,
+            lambda lines: [item for item in counters(lines) if wanted(item.table, item.chain)],
+            tables=("nat",),
+            counters=True,
+        )
 
 
 Lives = Mapping[Family, Live]

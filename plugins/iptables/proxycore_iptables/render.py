@@ -123,14 +123,19 @@ class _Rendering:
 
     def frontend(self, frontend: Frontend) -> None:
         answers = self._answers(frontend.routes)
-        if any(answer.pool is not None for _, answer in answers):
-            chain = self._chain(frontend, answers)
-            if frontend.source_ranges is not None:
-                chain = self._wall(frontend, chain, frontend.source_ranges)
-            self._dispatch(frontend, chain)
         refused = [(client, answer.when_empty) for client, answer in answers if answer.pool is None]
+        ranges = frontend.source_ranges
+        judge = "its source ranges"
+        if len(refused) < len(answers):
+            chain = self._chain(frontend, answers)
+            if ranges is not None:
+                judge = chain = self._wall(frontend, chain, ranges)
+            self._dispatch(frontend, chain)
         if refused:
             self._refuse(frontend, refused)
+        if ranges is not None:
+            rejected = any(verdict is WhenEmpty.REJECT for _, verdict in refused)
+            self._drop_others(frontend, judge, ranges if rejected else ())
 
     def _answers(self, routes: Routes) -> Answers:
         """Classes at the end that get the same become one."""
@@ -197,7 +202,7 @@ class _Rendering:
         return tuple(rules)
 
     def _wall(self, frontend: Frontend, chain: str, ranges: tuple[str, ...]) -> str:
-        """The chain that lets through the source ranges, and the rule that drops all others where nobody translated them."""
+        """The chain that lets the source ranges through to `chain`; others leave it untranslated."""
         key = (chain, ranges)
         wall = self.wall_names.get(key, "")
         if not wall:
@@ -206,10 +211,17 @@ class _Rendering:
             said = comment(f"{self.service}{_KINDS[frontend.kind]}")
             dropped = comment(f"other traffic to {self.service} will be dropped by KUBE-PROXY-FIREWALL")
             self.walls[wall] = (*[f"{source(cidr)}{said}-j {chain}" for cidr in ranges], dropped.rstrip())
-        self._enter(
-            FIREWALL, frontend, self._at(frontend, ANYONE, f" traffic not accepted by {wall}", "-j DROP")
-        )
         return wall
+
+    def _drop_others(self, frontend: Frontend, judge: str, spared: Sequence[str]) -> None:
+        """Drop what came here untranslated, but for the source ranges `spared`: they are refused later, and heard."""
+        rules: list[Rule] = []
+        for cidr in spared:
+            rules += self._at(
+                frontend, Client(source=source(cidr)), f" traffic accepted by {judge}", "-j RETURN"
+            )
+        rules += self._at(frontend, ANYONE, f" traffic not accepted by {judge}", "-j DROP")
+        self._enter(FIREWALL, frontend, rules)
 
     def _dispatch(self, frontend: Frontend, chain: str) -> None:
         place = SERVICES

@@ -13,7 +13,7 @@ from .listing import Listing
 from .normal import normal
 from .program import Present, Section
 from .render import render
-from .rules import SERVICES, SHARED, Entry, Frame, Jump, Place, Rules, ServiceRules, TableName
+from .rules import MARKER, SERVICES, SHARED, Entry, Frame, Jump, Place, Rules, ServiceRules, TableName
 from .shape import Features, Options, Shape, shape_of
 
 GUARDED = Place("filter", "KUBE-FIREWALL")
@@ -31,6 +31,7 @@ class Ruleset:
     `states`: what is in force.  `present`: marks of the chains in the kernel, ours and kube-proxy's, by table.  `ensured`: rules
     that lead to us and are there; `stale`: those that lead to chains of kube-proxy's that are not wanted.  `used`: our
     chains that rules of others lead to.  `doubtful`: `present` may be wrong, and the kernel is to be read first.
+    `unsettled`: it was read, and what was found has not been compared with what should be.
     """
 
     def __init__(self, family: Family, options: Options, features: Features) -> None:
@@ -44,6 +45,8 @@ class Ruleset:
         self.stale: tuple[Jump, ...] = ()
         self.used: frozenset[tuple[TableName, str]] = frozenset()
         self.doubtful = True
+        self.unsettled = True
+        self._learned = Listing()
         self.shape: Shape | None = None
         self.frame = Frame({}, {}, ())
         self.shared: dict[Place, Shared] = {}
@@ -51,6 +54,16 @@ class Ruleset:
         self._endpoints = 0
         self._same: dict[int, int] = {}
         """Marks of chains as the kernel shows them, where it writes what we mean in another way: our mark."""
+
+    @property
+    def chains(self) -> int:
+        """How many chains of ours and kube-proxy's there are."""
+        return sum(map(len, self.present.values()))
+
+    @property
+    def is_marked(self) -> bool:
+        """Are they proxycore's?"""
+        return MARKER.chain in self.present[MARKER.table]
 
     # -- what should be --
 
@@ -76,12 +89,14 @@ class Ruleset:
             for place in SHARED
         }
 
-    def accept(self, states: States, shape: Shape, framed: Frame, shared: dict[Place, Shared]) -> None:
+    def accept(
+        self, states: States, shape: Shape, framed: Frame, shared: dict[Place, Shared], endpoints: int
+    ) -> None:
         """A batch is in force."""
         self.states = states
         self.shape, self.frame, self.shared = shape, framed, shared
         self._comments = shape.comments
-        self._endpoints = sum(map(count, states.values()))
+        self._endpoints = endpoints
 
     def rules_of(self, name: ServicePortName) -> ServiceRules:
         """What is in force of a Service port."""
@@ -104,13 +119,14 @@ class Ruleset:
     def learn(self, listing: Listing) -> None:
         """Take a listing for the truth."""
         for table in ALL_TABLES:
-            marks = listing.marks(table)
+            marks = listing.table(table).marks
             self.present[table] = {name: self._same.get(mark, mark) for name, mark in marks.items()}
-        self.has_guarded = listing.has_chain(GUARDED.table, GUARDED.chain)
-        self.used = frozenset((table, chain) for table in ALL_TABLES for chain in listing.users(table))
+        self.has_guarded = self.present[GUARDED.table].pop(GUARDED.chain, None) is not None
+        self.used = frozenset((table, chain) for table in ALL_TABLES for chain in listing.table(table).users)
         self.ensured, self.stale = set(), ()
         self._learned = listing
         self.doubtful = False
+        self.unsettled = True
 
     def compare_jumps(self, framed: Frame) -> None:
         """Find out which of the rules that lead to us are there, and which lead where nothing is wanted any more."""
@@ -119,7 +135,7 @@ class Ruleset:
         found: set[Jump] = set()
         stale: list[Jump] = []
         for table in ALL_TABLES:
-            for chain, rules in listing.built_in(table).items():
+            for chain, rules in listing.table(table).built_in.items():
                 for rule in rules:
                     if "KUBE-" not in rule:
                         continue
@@ -128,7 +144,7 @@ class Ruleset:
                         found.add(known)
                     elif is_kube_proxys(table, target_of(f"-A {chain} {rule}") or ""):
                         stale.append(Jump(table, chain, rule))
-        for rule in listing.rules(GUARDED.table, GUARDED.chain):
+        for rule in listing.table(GUARDED.table).rules.get(GUARDED.chain, ()):
             known = wanted.get((GUARDED.table, GUARDED.chain, normal(rule)))
             if known is not None:
                 found.add(known)
@@ -185,6 +201,11 @@ def entries_of(rules: Iterable[ServiceRules]) -> dict[Place, list[Entry]]:
         for place, entries in item.entries.items():
             found.setdefault(place, []).extend(entries)
     return found
+
+
+def shown(table: str, chain: str) -> bool:
+    """Is a chain one whose content is wanted of a listing?"""
+    return is_kube_proxys(table, chain) or (table, chain) == GUARDED
 
 
 def ours(table: str, chain: str) -> bool:

@@ -17,9 +17,10 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
     """The backend's own settings.
 
     `variant`: of iptables.  `drop_invalid`: drop packets that connection tracking calls invalid; `auto`: unless
-    `nf_conntrack_tcp_be_liberal` is set.  `comments_up_to`: with more endpoints than this in a family their rules carry no comments.
-    `tree_from`: so many rules in the dispatch of nat make it a tree of address prefixes.  `lock_seconds`: so long the
-    xtables lock may be another's.  `chains_per_restore`: with iptables-nft a larger load is cut into pieces of about that size.
+    `nf_conntrack_tcp_be_liberal` is set.  `comments_up_to`: with more endpoints than this in a family, their rules carry no
+    comments.  `tree_from`: so many rules in the dispatch of nat make it a tree of address prefixes.  `lock_seconds`: so
+    long the xtables lock may be another's.  `chains_per_restore`: with iptables-nft a larger load is cut into pieces of
+    about that many chains.
     """
 
     variant: VariantChoice = "auto"

@@ -13,7 +13,7 @@ from proxycore.api import HostState, ServicePortName, ServiceState
 
 from .program import Draft, Piece, leaving, pieces, union
 from .render import render
-from .rules import Entry, Place, Rule, Rules, ServiceRules, TableName, mark
+from .rules import MARKER, Entry, Place, Rule, Rules, ServiceRules, TableName, mark
 from .ruleset import (
     GUARDED,
     NOTHING,
@@ -31,9 +31,9 @@ REMEMBERED_ENDPOINTS = 20_000
 
 
 class Work:
-    """What a batch asks of one family.
+    """What a batch asks of one family, whose ruleset is not doubtful.
 
-    `whole`: everything is compared with what is there; otherwise only `changes` are looked at.  `failed`: Service ports that
+    `whole`: everything is compared with what is there; otherwise only the changes are looked at.  `failed`: Service ports that
     were left out, with the reason; they keep the state that is in force.
     """
 
@@ -44,12 +44,11 @@ class Work:
         host: HostState,
         *,
         full: bool,
-        whole: bool,
     ) -> None:
         self._ruleset = ruleset
         self.endpoints = ruleset.endpoints_after(changes, full)
         self.shape = ruleset.shape_for(host, self.endpoints)
-        self.whole = whole or full or self.shape != ruleset.shape
+        self.whole = full or ruleset.unsettled or self.shape != ruleset.shape
         self.frame = framed_of(self.shape) if self.whole else ruleset.frame
         self.failed: dict[ServicePortName, str] = {}
         self._rendered: dict[ServicePortName, ServiceRules] = {}
@@ -118,7 +117,11 @@ class Work:
                 states[name] = state
         for shared in self._shared.values():
             shared.accept()
-        self._ruleset.accept(states, self.shape, self.frame, self._shared)
+        if self.failed:
+            self.endpoints = sum(map(count, states.values()))
+        self._ruleset.accept(states, self.shape, self.frame, self._shared, self.endpoints)
+        if self.whole:
+            self._ruleset.unsettled = False
 
     def give_up(self) -> None:
         """Forget the batch."""
@@ -140,13 +143,20 @@ class Work:
         first, last = self._refusals()
         mangle = self._draft("mangle")
         self._leave(mangle, self._left_over("mangle"))
-        return next(pieces((first, nat, last, mangle), together=True), None)
+        return next(pieces((self._sign(), first, nat, last, mangle), together=True), None)
+
+    def _sign(self) -> Draft:
+        """Comes first: whatever is left behind if we end here is known for ours."""
+        draft = Draft("nat", {} if not self.whole else self._ruleset.present["nat"])
+        if self.whole and MARKER.chain not in self._ruleset.present["nat"]:
+            draft.write(MARKER.chain, ())
+        return draft
 
     def frame_piece(self) -> Piece | None:
         """What everything else leads to."""
         nat = self._draft("nat")
         self._fixed(nat)
-        return next(pieces((nat,), together=True), None)
+        return next(pieces((self._sign(), nat), together=True), None)
 
     def own_piece(self, names: Iterable[ServicePortName]) -> Piece | None:
         """The chains of these Service ports."""
@@ -203,7 +213,8 @@ class Work:
         if not self.whole:
             return
         for place, rules in fixed_chains(self.frame).items():
-            if place.table == draft.table and not self._is_there(place.table, place.chain, rules):
+            there = place == MARKER or self._is_there(place.table, place.chain, rules)
+            if place.table == draft.table and not there:
                 draft.write(place.chain, rules)
 
     def _own(self, draft: Draft, names: Iterable[ServicePortName]) -> None:

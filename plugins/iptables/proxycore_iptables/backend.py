@@ -1,0 +1,258 @@
+"""The backend's hooks: from a batch to rules in force."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+
+from proxycore.api import (
+    ApplyResult,
+    BackendContext,
+    BackendInfo,
+    Capability,
+    ChangeBatch,
+    Cleanup,
+    Counters,
+    Drift,
+    Failure,
+    Family,
+    HostState,
+    KernelError,
+    KernelObject,
+    Operation,
+    Probe,
+    ServicePortName,
+    Started,
+    Verification,
+    hookimpl,
+)
+
+from . import cleaning, counts, offline
+from .bring import Bringer
+from .drift import compare
+from .host import Host, RealHost
+from .program import Piece
+from .ruleset import Ruleset
+from .shape import Options, parse_options
+from .work import Work
+
+CAPABILITIES = frozenset(Capability) - {
+    Capability.UNDEFINED_PORTS,
+    Capability.SERVICE_CIDR_DROP,
+    Capability.ATOMIC,
+}
+NEEDS = ("iptables 1.8.2", "CAP_NET_ADMIN", "CAP_NET_RAW (iptables-legacy)")
+SUMMARY = "netfilter rules in kube-proxy's own chains, written by iptables-restore; legacy and nft variants"
+REST_FROM_SECONDS = 0.1
+"""A legacy commit that took longer is followed by a rest as long as it took, so that changes gather."""
+VERIFY_SHARE = 0.2
+"""While others keep changing rules, reading ours back takes at most this share of the time."""
+VERIFY_PAUSE_MAX = 10.0
+DEEP_SHARE = 0.02
+DEEP_PAUSE_MIN = 30.0
+"""Changes of others that keep the size of a legacy table show only when all is read: that is done as often as this allows."""
+
+
+class IptablesBackend:
+    """One instance serves one network namespace, on one thread."""
+
+    def __init__(
+        self,
+        open_host: Callable[[BackendContext, Options], Host] = RealHost,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._open_host = open_host
+        self._clock = clock
+        self._opened: Host | None = None
+        self._rulesets: dict[Family, Ruleset] = {}
+        self._state: HostState | None = None
+        self._context: BackendContext | None = None
+        self._counts = counts.Totals()
+        self._verify_after = self._deep_after = 0.0
+        self._leftovers: cleaning.Leftovers | None = None
+        self._in_force = False
+
+    # -- facts --
+
+    @hookimpl
+    def proxycore_backend_describe(self) -> BackendInfo:
+        return BackendInfo(
+            name="iptables",
+            summary=SUMMARY,
+            api=">=0.1,<0.2",
+            capabilities=CAPABILITIES,
+            needs=NEEDS,
+            adopts=("iptables",),
+        )
+
+    @hookimpl
+    def proxycore_backend_probe(self, context: BackendContext) -> Probe:
+        return offline.probe(context)
+
+    # -- life --
+
+    @hookimpl
+    def proxycore_backend_start(self, context: BackendContext) -> Started:
+        self.proxycore_backend_stop()
+        options = parse_options(context.options)
+        host = self._open_host(context, options)
+        try:
+            adopted = self._adopt(host, context, options)
+        except BaseException:
+            host.close()
+            raise
+        self._opened, self._context, self._state = host, context, context.host
+        self._counts = counts.Totals()
+        self._in_force = False
+        return Started(adopted="; ".join(adopted) or None)
+
+    def _adopt(self, host: Host, context: BackendContext, options: Options) -> list[str]:
+        rulesets: dict[Family, Ruleset] = {}
+        adopted: list[str] = []
+        for family, live in host.tables.items():
+            ruleset = rulesets[family] = Ruleset(family, options, host.features[family])
+            ruleset.learn(live.read())
+            if ruleset.chains:
+                whose = "proxycore's" if ruleset.is_marked else "kube-proxy's"
+                if context.takeover == "refuse" and not ruleset.is_marked:
+                    raise KernelError(
+                        f"kube-proxy's rules are here (takeover: refuse): {ruleset.chains} chains in {live.name}; "
+                        "stop kube-proxy and run `kube-proxy --cleanup`, or start with --takeover auto"
+                    )
+                adopted.append(f"{ruleset.chains} of {whose} chains in {live.name}")
+        self._rulesets = rulesets
+        self._leftovers = cleaning.leftovers(host, context) if context.takeover == "auto" else None
+        return adopted
+
+    @hookimpl
+    def proxycore_backend_stop(self) -> None:
+        if self._opened is not None:
+            self._opened.close()
+            self._opened = None
+
+    def _host(self) -> Host:
+        if self._opened is None:
+            raise KernelError("the iptables backend is not started")
+        return self._opened
+
+    # -- changes --
+
+    @hookimpl
+    def proxycore_backend_apply(self, batch: ChangeBatch) -> ApplyResult:
+        host = self._host()
+        if batch.host is not None:
+            self._state = batch.host.after
+        failed: list[Failure] = []
+        operations = 0
+        seconds = 0.0
+        try:
+            for family, ruleset in self._rulesets.items():
+                changes = {c.name: c.after for c in batch.changes if c.name.family == family}
+                if not (changes or batch.full or batch.host is not None or ruleset.doubtful):
+                    continue
+                began = self._clock()
+                bringer = self._bring(host, family, ruleset, changes, full=batch.full)
+                if bringer.operations:
+                    seconds += self._clock() - began
+                operations += bringer.operations
+                failed += [Failure(name=name, why=why) for name, why in bringer.failed.items()]
+        except KernelError as error:
+            host.watch.lost()
+            return ApplyResult(
+                generation=batch.generation, outcome="rejected", culprits=(), message=str(error)
+            )
+        self._in_force = self._in_force or batch.full
+        rest = seconds if host.variant == "legacy" and seconds > REST_FROM_SECONDS else 0.0
+        return ApplyResult(
+            generation=batch.generation, failed=tuple(failed), operations=operations, pause_seconds=rest
+        )
+
+    def _bring(
+        self,
+        host: Host,
+        family: Family,
+        ruleset: Ruleset,
+        changes: Mapping[ServicePortName, object],
+        *,
+        full: bool,
+    ) -> Bringer:
+        live = host.tables[family]
+        assert self._state is not None
+        if ruleset.doubtful:
+            ruleset.learn(live.read())
+        work = Work(ruleset, changes, self._state, full=full)  # type: ignore[arg-type]
+        stamp = host.watch.before()
+
+        def ran(piece: Piece) -> None:
+            nonlocal stamp
+            host.watch.after(stamp, family, piece.sections)
+            stamp = host.watch.look()
+
+        bringer = Bringer(ruleset, live, work, ran)
+        bringer.bring()
+        return bringer
+
+    # -- offline --
+
+    @hookimpl
+    def proxycore_backend_render(self, context: BackendContext, batch: ChangeBatch) -> str:
+        return offline.render(context, batch)
+
+    @hookimpl
+    def proxycore_backend_plan(self, context: BackendContext, batch: ChangeBatch) -> tuple[Operation, ...]:
+        host = self._open_host(context, parse_options(context.options))
+        try:
+            return offline.plan(host, context, batch)
+        finally:
+            host.close()
+
+    # -- truth --
+
+    @hookimpl
+    def proxycore_backend_verify(self, deep: bool) -> Verification:
+        host = self._host()
+        self._clear_away()
+        figures = host.figures()
+        began = self._clock()
+        doubts = any(ruleset.doubtful or ruleset.unsettled for ruleset in self._rulesets.values())
+        due = host.variant == "legacy" and began >= self._deep_after
+        if not (deep or due or doubts or host.watch.changed()):
+            return Verification(checked=False, figures=figures)
+        if began < self._verify_after and not deep:
+            return Verification(checked=False, figures=figures)
+        looked = host.watch.look()
+        drift: list[Drift] = []
+        for family, ruleset in self._rulesets.items():
+            live = host.tables[family]
+            drift += compare(ruleset, live, live.read())
+        host.watch.settle(looked)
+        ended = self._clock()
+        took = ended - began
+        self._verify_after = ended + min(took / VERIFY_SHARE, VERIFY_PAUSE_MAX)
+        self._deep_after = ended + max(took / DEEP_SHARE, DEEP_PAUSE_MIN)
+        return Verification(checked=True, drift=tuple(drift), figures=figures)
+
+    def _clear_away(self) -> None:
+        """What is in the other variant goes, once, when ours is in force."""
+        if self._leftovers is not None and self._in_force:
+            leftovers, self._leftovers = self._leftovers, None
+            leftovers.remove()
+
+    @hookimpl
+    def proxycore_backend_inspect(self, name: ServicePortName) -> tuple[KernelObject, ...]:
+        host = self._host()
+        ruleset = self._rulesets.get(name.family)
+        return () if ruleset is None else counts.inspect(ruleset, host.tables[name.family], name)
+
+    @hookimpl
+    def proxycore_backend_counters(self) -> tuple[Counters, ...]:
+        host = self._host()
+        return tuple(
+            item
+            for family, ruleset in self._rulesets.items()
+            for item in self._counts.read(ruleset, host.tables[family])
+        )
+
+    @hookimpl
+    def proxycore_backend_cleanup(self, context: BackendContext) -> Cleanup:
+        return cleaning.clean_up()

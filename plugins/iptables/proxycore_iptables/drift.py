@@ -1,0 +1,123 @@
+"""What others have changed, told per Service port."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+from proxycore.api import Drift, ServicePortName
+
+from .listing import Listing
+from .live import Live
+from .normal import normal
+from .rules import Rules, TableName, mark
+from .ruleset import ALL_TABLES, Ruleset, ensured_rules, ours
+
+_SHOWN = 3
+
+
+class _Found(NamedTuple):
+    missing: list[str]
+    changed: list[str]
+
+
+def compare(ruleset: Ruleset, live: Live, listing: Listing) -> list[Drift]:
+    """How a listing differs from what was written; the ruleset then takes the listing for the truth.
+
+    A chain whose rules have another text and the same meaning is none: that text is remembered.
+    """
+    expected = {table: dict(ruleset.present[table]) for table in ALL_TABLES}
+    missing_before = {rule for rule in ensured_rules(ruleset.frame) if rule not in ruleset.ensured}
+    ruleset.learn(listing)
+    suspects = [
+        (table, chain)
+        for table in ALL_TABLES
+        for chain, before in expected[table].items()
+        if ruleset.present[table].get(chain) != before
+    ]
+    added = [
+        (table, chain)
+        for table in ALL_TABLES
+        for chain in ruleset.present[table]
+        if chain not in expected[table] and ours(table, chain)
+    ]
+    drift: list[Drift] = []
+    if suspects:
+        drift += _judged(ruleset, live, suspects, expected)
+    drift += [
+        Drift(service=None, what=f"{live.variant} {t}: chain {c} was made by somebody else") for t, c in added
+    ]
+    ruleset.compare_jumps(ruleset.frame)
+    for rule in ensured_rules(ruleset.frame):
+        if rule not in ruleset.ensured and rule not in missing_before:
+            where = f"{live.variant} {rule.table}"
+            drift.append(Drift(service=None, what=f"{where}: the rule -A {rule.chain} {rule.rule} is gone"))
+    for jump in ruleset.stale:
+        what = f"{live.variant} {jump.table}: the rule -A {jump.chain} {jump.rule} was put there by somebody else"
+        drift.append(Drift(service=None, what=what))
+    if not drift:
+        ruleset.unsettled = False
+    return drift
+
+
+def _judged(
+    ruleset: Ruleset,
+    live: Live,
+    suspects: list[tuple[TableName, str]],
+    expected: Mapping[TableName, Mapping[str, int]],
+) -> list[Drift]:
+    owners = ruleset.owners()
+    wanted = ruleset.wanted_chains()
+    there = [(table, chain) for table, chain in suspects if chain in ruleset.present[table]]
+    texts = live.read({chain for _, chain in there}) if there else Listing()
+    by_service: dict[ServicePortName, _Found] = {}
+    drift: list[Drift] = []
+    own: dict[ServicePortName, Mapping[str, Rules]] = {}
+    for table, chain in suspects:
+        owner = owners.get(chain) if table == "nat" else None
+        meant = wanted.get((table, chain))
+        if meant is None and owner is not None:
+            meant = own.setdefault(owner, ruleset.rules_of(owner).chains)[chain]
+        shown = texts.table(table).rules.get(chain)
+        is_there = chain in ruleset.present[table]
+        if shown is not None and meant is not None and _is_same(shown, meant, expected[table][chain]):
+            ruleset.take_for_same(mark(shown), expected[table][chain])
+            ruleset.present[table][chain] = expected[table][chain]
+            continue
+        if owner is not None:
+            found = by_service.setdefault(owner, _Found([], []))
+            (found.changed if is_there else found.missing).append(chain)
+        elif not is_there:
+            drift.append(Drift(service=None, what=f"{live.variant} {table}: chain {chain} is gone"))
+        else:
+            drift.append(
+                Drift(service=None, what=f"{live.variant} {table}: {_differing(chain, meant, shown)}")
+            )
+    for name, found in by_service.items():
+        drift.append(Drift(service=name, what=f"{live.variant} nat: {_told(found)}"))
+    return drift
+
+
+def _is_same(shown: Rules, meant: Rules, written: int) -> bool:
+    """Do these rules mean what was written?"""
+    return mark(meant) == written and list(map(normal, shown)) == list(map(normal, meant))
+
+
+def _told(found: _Found) -> str:
+    parts = []
+    for what, chains in (("gone", found.missing), ("changed", found.changed)):
+        if chains:
+            more = f" and {len(chains) - _SHOWN} more" if len(chains) > _SHOWN else ""
+            parts.append(f"{what}: {', '.join(chains[:_SHOWN])}{more}")
+    return "; ".join(parts)
+
+
+def _differing(chain: str, meant: Rules | None, shown: Rules | None) -> str:
+    lacks = [rule for rule in meant or () if rule not in set(shown or ())]
+    more = [rule for rule in shown or () if rule not in set(meant or ())]
+    parts = []
+    for what, rules in (("lacks", lacks), ("has besides", more)):
+        if rules:
+            rest = f" and {len(rules) - 1} more rules" if len(rules) > 1 else ""
+            parts.append(f"{what} `{rules[0]}`{rest}")
+    return f"chain {chain} {'; '.join(parts) or 'has its rules in another order'}"

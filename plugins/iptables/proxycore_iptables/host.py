@@ -1,0 +1,87 @@
+"""What the backend holds of the host while it runs: tables, named counters, the watch for changes of others."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Protocol
+
+from proxycore.api import INVALID_DROPPED, LOCALHOST_NODE_PORTS_ACCEPTED, BackendContext, Family, KernelError
+from proxycore.kernel.xtables import Tools, Variant
+
+from . import counting
+from .live import Live, ToolTables
+from .shape import Features, Options
+from .stamp import stamps
+from .variant import choose
+from .watch import Watch
+
+LIBERAL = Path("/proc/sys/net/netfilter/nf_conntrack_tcp_be_liberal")
+_FIGURES = {
+    INVALID_DROPPED: counting.INVALID_DROPPED,
+    LOCALHOST_NODE_PORTS_ACCEPTED: counting.LOCALHOST_ACCEPTED,
+}
+
+
+class Host(Protocol):
+    """The real one and the one of tests; belongs to the network namespace of the thread that made it.
+
+    `why`: why this variant, a phrase.  `others`: rules in the other variant, a phrase each.
+    """
+
+    variant: Variant
+    why: str
+    others: tuple[str, ...]
+    tables: Mapping[Family, Live]
+    features: Mapping[Family, Features]
+    watch: Watch
+
+    def figures(self) -> Mapping[str, int]:
+        """Counts of the node as a whole."""
+
+    def close(self) -> None: ...
+
+
+class RealHost:
+    """This network namespace.  Making it makes named counters, and nothing else; raises KernelError: what is missing."""
+
+    def __init__(self, context: BackendContext, options: Options) -> None:
+        chosen = choose(context.families, options.variant)
+        self.variant, self.why, self.others = chosen.variant, chosen.why, chosen.others
+        self.tools: Mapping[Family, Tools] = chosen.tools
+        self.tables: Mapping[Family, Live] = {
+            family: ToolTables(tools, lock_seconds=options.lock_seconds)
+            for family, tools in chosen.tools.items()
+        }
+        named = {family: counting.available(tools) for family, tools in chosen.tools.items()}
+        self._counting: counting.Counting | None = None
+        if any(named.values()):
+            self._counting = counting.Counting()
+            self._counting.ensure()
+        liberal = is_liberal()
+        self.features: Mapping[Family, Features] = {
+            family: Features(nfacct=named[family], liberal=liberal) for family in chosen.tools
+        }
+        self.watch = Watch(stamps(chosen.variant, context.families))
+
+    def figures(self) -> Mapping[str, int]:
+        if self._counting is None:
+            return {}
+        try:
+            packets = self._counting.packets()
+        except KernelError:
+            return {}
+        return {figure: packets[name] for figure, name in _FIGURES.items() if name in packets}
+
+    def close(self) -> None:
+        self.watch.close()
+        if self._counting is not None:
+            self._counting.close()
+
+
+def is_liberal() -> bool:
+    """Does connection tracking let pass TCP packets that are out of a window?"""
+    try:
+        return LIBERAL.read_text().strip() not in ("", "0")
+    except OSError:
+        return False

@@ -1,0 +1,86 @@
+"""What needs no started backend: probing the host, rendering a state as text, planning the way to it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from proxycore.api import (
+    BackendContext,
+    ChangeBatch,
+    ConfigError,
+    Family,
+    KernelError,
+    Operation,
+    Probe,
+)
+
+from .host import Host
+from .listing import Listing
+from .program import Line, Piece
+from .ruleset import Ruleset
+from .shape import Features, parse_options
+from .variant import choose
+from .work import Work
+
+_TOOL: dict[Family, str] = {"IPv4": "iptables-restore", "IPv6": "ip6tables-restore"}
+
+
+def probe(context: BackendContext) -> Probe:
+    """Which variant would be used, and what stands against it; nothing is changed."""
+    try:
+        options = parse_options(context.options)
+        chosen = choose(context.families, options.variant)
+    except (ConfigError, KernelError) as error:
+        return Probe(problems=(str(error),))
+    warnings = tuple(
+        f"rules in the other variant are in force beside ours: {other}" for other in chosen.others
+    )
+    return Probe(warnings=warnings, facts={"iptables": chosen.variant, "chosen because": chosen.why})
+
+
+def render(context: BackendContext, batch: ChangeBatch) -> str:
+    """Input for `iptables-restore --noflush`, a part for each family, that makes this state on a host without rules."""
+    options = parse_options(context.options)
+    parts = []
+    for family in context.families:
+        ruleset = Ruleset(family, options, Features())
+        ruleset.learn(Listing())
+        piece = _piece(ruleset, context, batch)
+        if piece is not None:
+            parts.append(f"# {family}: {_TOOL[family]} --noflush\n{piece.text}")
+    return "".join(parts)
+
+
+def plan(host: Host, context: BackendContext, batch: ChangeBatch) -> tuple[Operation, ...]:
+    """Lines for iptables-restore from what is there to the batch."""
+    options = parse_options(context.options)
+    found: list[Operation] = []
+    for family, live in host.tables.items():
+        ruleset = Ruleset(family, options, host.features[family])
+        ruleset.learn(live.read())
+        piece = _piece(ruleset, context, batch)
+        for section in piece.sections if piece else ():
+            there = ruleset.present[section.table]
+            where = f"{live.name} {section.table}"
+            found += [item for line in section.lines for item in _operation(where, line, there)]
+    return tuple(found)
+
+
+def _piece(ruleset: Ruleset, context: BackendContext, batch: ChangeBatch) -> Piece | None:
+    changes = {c.name: c.after for c in batch.changes if c.name.family == ruleset.family}
+    return Work(ruleset, changes, batch.host.after if batch.host else context.host, full=True).together()
+
+
+def _operation(where: str, line: Line, there: dict[str, int]) -> Iterator[Operation]:
+    kind, _, rest = line.text.partition(" ")
+    service = str(line.owner) if line.owner else None
+    if line.text.startswith(":"):
+        chain = kind[1:]
+        if chain in there:
+            yield Operation(verb="replace", native=f"{where}: -F {chain}", service=service)
+        else:
+            yield Operation(verb="add", native=f"{where}: -N {chain}", service=service)
+    elif kind in ("-D", "-X"):
+        yield Operation(verb="delete", native=f"{where}: {kind} {rest}", service=service)
+    else:
+        yield Operation(verb="add", native=f"{where}: {kind} {rest}", service=service)
