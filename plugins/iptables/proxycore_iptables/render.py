@@ -126,6 +126,9 @@ class _Rendering:
         refused = [(client, answer.when_empty) for client, answer in answers if answer.pool is None]
         ranges = frontend.source_ranges
         judge = "its source ranges"
+        if ranges == ():
+            self._drop_others(frontend, judge, ())
+            return
         if len(refused) < len(answers):
             chain = self._chain(frontend, answers)
             if ranges is not None:

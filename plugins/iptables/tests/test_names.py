@@ -1,0 +1,73 @@
+"""Names of chains."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from proxycore.testing.states import endpoint, name_of
+from proxycore_iptables import dispatch, names
+from proxycore_iptables.rules import MARKER
+
+WEB = name_of("svc1", "p80", namespace="ns1")
+
+
+def test_names_are_kube_proxys():
+    assert names.service_chain(WEB) == "KUBE-SVC-XPGD46QRK7WJZT7O"
+    assert names.local_chain(WEB) == "KUBE-SVL-XPGD46QRK7WJZT7O"
+    assert names.external_chain(WEB) == "KUBE-EXT-XPGD46QRK7WJZT7O"
+    assert names.firewall_chain(WEB) == "KUBE-FW-XPGD46QRK7WJZT7O"
+    assert names.endpoint_chain(WEB, endpoint("10.180.0.1:80")) == "KUBE-SEP-SXIVWICOYRO3J4NJ"
+
+
+def test_protocol_and_port_name_tell_apart():
+    ports = [WEB, WEB._replace(protocol="UDP"), WEB._replace(port=""), WEB._replace(port="p81")]
+    assert len({names.service_chain(port) for port in ports}) == len(ports)
+
+
+def test_text_of_an_unnamed_port_has_no_colon():
+    assert names.text_of(WEB._replace(port="", protocol="SCTP")) == "ns1/svc1sctp"
+
+
+def test_ipv6_endpoints_stand_in_brackets():
+    name = name_of(family="IPv6")
+    assert names.endpoint_chain(name, endpoint("[fd00::1]:80")) == names.endpoint_chain_of(
+        "default/web:httptcp", "[fd00::1]:80"
+    )
+
+
+def test_variants_have_names_of_their_own():
+    for chain in (names.external_chain, names.firewall_chain):
+        assert len({chain(WEB), chain(WEB, " a"), chain(WEB, " b")}) == 3
+
+
+@given(st.text())
+def test_hash_is_the_head_of_base32_of_sha256(text):
+    assert names.hashed(text) == base64.b32encode(hashlib.sha256(text.encode()).digest()).decode()[:16]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "KUBE-SVC-XPGD46QRK7WJZT7O",
+        "KUBE-XLB-XPGD46QRK7WJZT7O",
+        "KUBE-SEP-XPGD46QRK7WJZT7O",
+        MARKER.chain,
+        f"{dispatch.TREE_PREFIX}0a00",
+    ],
+)
+def test_what_kube_proxy_would_remove(name):
+    assert names.is_service_chain(name)
+
+
+@pytest.mark.parametrize("name", ["KUBE-SERVICES", "KUBE-SVC", "KUBE-FIREWALL", "MY-KUBE-SVC-1", ""])
+def test_what_kube_proxy_would_leave(name):
+    assert not names.is_service_chain(name)
+
+
+def test_no_shared_chain_looks_like_one_of_a_service():
+    assert not any(names.is_service_chain(name) for chains in names.CHAINS.values() for name in chains)
