@@ -245,7 +245,11 @@ class Model:
         found: Chances = {}
         for end in pool.endpoints:
             if end.weight:
-                result = ("to", end.address, end.port, route.masquerade or end.address == packet.source)
+                masqueraded = route.masquerade or end.address == packet.source
+                # What ends on the node itself comes by no chain that could: the node answers to whom it sees anyway.
+                if packet.interface is not None and self.world.is_local(end.address):
+                    masqueraded = False
+                result = ("to", end.address, end.port, masqueraded)
                 found[result] = found.get(result, Fraction(0)) + Fraction(end.weight, total)
         return found
 
@@ -292,7 +296,8 @@ def left_over(ruleset: Ruleset) -> set[tuple[str, str]]:
 def actual(text: str, states: Sequence[ServiceState], family: Family, host: HostState) -> Meaning:
     """What rules as `iptables-save` prints them mean to all who are asked about.  Fails for chains that nothing leads to."""
     ruleset = parse(text)
-    assert left_over(ruleset) == set()
+    unused = left_over(ruleset)
+    assert not unused, f"nothing leads to {unused}"
     walled = parse(text)
     walled.tables["filter"]["INPUT"] = walled.tables["filter"]["INPUT"]._replace(policy="drop")
     world = world_of(host)
