@@ -5,10 +5,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from .config.model import Config
-from .hostplan import plan
+from .hostplan import ROUTE_LOCALNET, Setting, plan
 from .kernel import sysctl
 from .logs import Log
 
@@ -29,8 +30,18 @@ def prepare(
     it one line names them all, and the result is always True.  `route_localnet` as in `plan`.  Raises nothing.
     """
     settings = plan(config, sysctl.online_cpus() if cpus is None else cpus, route_localnet=route_localnet)
+    return _apply(settings, log, strict, root)
+
+
+def route_loopback(config: Config, *, log: Log, root: Path = Path("/")) -> bool:
+    """Let the kernel route packets of loopback addresses, where node ports are served on them.  As prepare(), not strict."""
+    settings = [item for item in plan(config, 1, route_localnet=True) if item.path == ROUTE_LOCALNET]
+    return _apply(settings, log, False, root) if settings else True
+
+
+def _apply(settings: Sequence[Setting], log: Log, strict: bool, root: Path) -> bool:
     if strict:
-        settings = tuple(setting for setting in settings if not setting.ours)
+        settings = [setting for setting in settings if not setting.ours]
     outcome = sysctl.apply(settings, root)
     if outcome.written:
         log.info(

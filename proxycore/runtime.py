@@ -62,7 +62,8 @@ def run_proxy(options: RunOptions) -> int:
     trace = get("hooks").info if options.trace_hooks else None
     cell = load_backend(options.backend, trace=trace)
     if options.init_only:
-        return 0 if hostsetup.prepare(config, log=get("host"), strict=True) else 1
+        wanted = Capability.LOCALHOST_NODE_PORT in cell.info.capabilities
+        return 0 if hostsetup.prepare(config, log=get("host"), strict=True, route_localnet=wanted) else 1
     observers = load_observers(
         BUILT_IN_OBSERVERS if options.safe else config.observers_enabled,
         {*config.observers_disabled, *(() if cell.info.conntrack else ("conntrack",))},
@@ -235,6 +236,9 @@ class _Proxy:
             self._saver.changed()
 
     def _first_in_force(self) -> None:
+        # Only now: what guards loopback addresses against other hosts is in force.
+        if Capability.LOCALHOST_NODE_PORT in self._cell.info.capabilities:
+            hostsetup.route_loopback(self._loaded.config, log=get("host"))
         threading.Thread(target=self._takeover.after_first_sync, name="takeover", daemon=True).start()
 
     def _config_changed(self, difference: Difference, loaded: Loaded) -> None:
