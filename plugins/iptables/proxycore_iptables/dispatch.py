@@ -15,7 +15,9 @@ touches, and giving it up costs nothing.
 from __future__ import annotations
 
 import hashlib
-import socket
+
+# The C part alone, as in the core: the module around it brings selectors and the like.
+from _socket import AF_INET, AF_INET6, inet_ntop
 from base64 import b32encode
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Sequence
@@ -332,8 +334,8 @@ def _masked(address: bytes, digits: int) -> bytes:
 
 def _text(address: bytes, digits: int) -> str:
     """A prefix as `iptables-save` prints it, which leaves the text to the C library."""
-    family = socket.AF_INET if len(address) == 4 else socket.AF_INET6
-    return f"{socket.inet_ntop(family, _masked(address, digits))}/{4 * digits}"
+    family = AF_INET if len(address) == 4 else AF_INET6
+    return f"{inet_ntop(family, _masked(address, digits))}/{4 * digits}"
 
 
 def edit(before: Rules, after: Rules, chain: str) -> list[str] | None:
