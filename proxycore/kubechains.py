@@ -49,7 +49,7 @@ SHARED: Mapping[str, frozenset[str]] = {
 MARKER = "KUBE-SVC-PROXYCORE"
 """An empty chain in nat by which proxycore's iptables backend says that a ruleset of these chains is its own."""
 _OF_SERVICES = re.compile(
-    r"KUBE-(?:SVC|SVL|SEP|FW|EXT|XLB)-[A-Z2-7]{16}|KUBE-SVC-TREE\.[0-9A-Z.]{1,14}|" + MARKER
+    r"KUBE-(?:SVC|SVL|SEP|FW|EXT|XLB)-[A-Z2-7]{16}|KUBE-SVC-TREE\.[0-9A-Za-z.]{1,14}|" + MARKER
 )
 """Chains of a Service port or endpoint, in nat; the rest of the name is a hash.  And those that proxycore adds."""
 _MARK_MASQ = "KUBE-MARK-MASQ"
@@ -97,6 +97,11 @@ def is_kube_proxys(table: str, chain: str) -> bool:
     return chain in SHARED.get(table, ()) or (table == "nat" and _OF_SERVICES.fullmatch(chain) is not None)
 
 
+def is_jump(chain: str, target: str) -> bool:
+    """Is a rule that leads from a chain of somebody else to one of kube-proxy's a jump that kube-proxy makes?"""
+    return chain in _BUILT_IN and target in _ENTRANCES
+
+
 def read(lines: Iterable[str]) -> Listing:
     """Find kube-proxy's share in the output of `iptables-save` or `ip6tables-save`."""
     found: list[TableRules] = []
@@ -116,7 +121,7 @@ def read(lines: Iterable[str]) -> Listing:
             elif "KUBE-" in line:
                 target = target_of(line)
                 if target in chains:
-                    if chain in _BUILT_IN and target in _ENTRANCES:
+                    if is_jump(chain, target):
                         jumps.append(line.rstrip("\n"))
                     else:
                         used.setdefault(target, line.rstrip("\n"))

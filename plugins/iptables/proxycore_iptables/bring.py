@@ -45,7 +45,7 @@ class Bringer:
         Raises Stuck, LockHeld, KernelError: `ruleset` is doubtful unless nothing was changed.
         """
         size = self._ruleset.options.chains_per_restore
-        one = self._live.variant == "legacy" or sum(1 for _ in self._work.groups(size)) <= 1
+        one = self._live.variant == "legacy" or self._work.chains <= size
         try:
             if not (one and self._in_one()):
                 self._by_steps(size)

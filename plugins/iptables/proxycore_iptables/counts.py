@@ -82,14 +82,15 @@ def _frontend(entry: Entry) -> str:
 def inspect(ruleset: Ruleset, live: Live, name: ServicePortName) -> tuple[KernelObject, ...]:
     """Rules of one Service port as they are in the kernel: its entries in shared chains, then its own chains."""
     rules = ruleset.rules_of(name)
+    wanted = {entry.rule for entries in rules.entries.values() for entry in entries}
+    roots = [root for place in rules.entries for root in _with_nodes(ruleset, place, wanted)]
+    own = [Place("nat", chain) for chain in reversed(list(rules.chains))]
+    there = live.rules([*roots, *own])
     objects: list[KernelObject] = []
-    for place, entries in rules.entries.items():
-        wanted = {entry.rule for entry in entries}
-        for root in _with_nodes(ruleset, place, wanted):
-            objects += _shown(live, root, (rule for rule in live.rules(root) or () if rule in wanted))
-    for chain in reversed(list(rules.chains)):
-        place = Place("nat", chain)
-        objects += _shown(live, place, live.rules(place) or ())
+    for root in roots:
+        objects += _shown(live, root, (rule for rule in there.get(root, ()) if rule in wanted))
+    for place in own:
+        objects += _shown(live, place, there.get(place, ()))
     return tuple(objects)
 
 

@@ -32,8 +32,8 @@ class Live(Protocol):
     def restore(self, text: str, sections: Sequence[Section]) -> None:
         """Bring input into force.  Raises RestoreRefused, LockHeld, KernelError as proxycore.kernel.xtables does."""
 
-    def rules(self, place: Place) -> Rules | None:
-        """Rules of one chain; None: there is none."""
+    def rules(self, places: Collection[Place]) -> dict[Place, Rules]:
+        """Rules of those of these chains that are there."""
 
     def counters(self, wanted: Callable[[str, str], bool]) -> list[Counted]:
         """Counters of the rules of nat whose table and chain are wanted."""
@@ -58,10 +58,20 @@ class ToolTables:
     def restore(self, text: str, sections: Sequence[Section]) -> None:
         xtables.restore(self.tools, text, self._lock_seconds)
 
-    def rules(self, place: Place) -> Rules | None:
+    def rules(self, places: Collection[Place]) -> dict[Place, Rules]:
+        found: dict[Place, Rules] = {}
         if self.variant == "nft":
-            return xtables.list_chain(self.tools, place.table, place.chain)
-        return self.read({place.chain}).table(place.table).rules.get(place.chain)
+            for place in places:
+                rules = xtables.list_chain(self.tools, place.table, place.chain)
+                if rules is not None:
+                    found[place] = rules
+            return found
+        listing = self.read({place.chain for place in places})
+        for place in places:
+            rules = listing.table(place.table).rules.get(place.chain)
+            if rules is not None:
+                found[place] = rules
+        return found
 
     def counters(self, wanted: Callable[[str, str], bool]) -> list[Counted]:
         return xtables.save(

@@ -164,6 +164,15 @@ class Work:
         self._own(nat, names)
         return next(pieces((nat,), together=True), None)
 
+    @property
+    def chains(self) -> int:
+        """About how many chains there are to look at."""
+        wanted = sum(count(state) + 2 for state in self._states.values())
+        if self.whole:
+            return max(wanted, len(self._ruleset.present["nat"]))
+        before = sum(count(self._ruleset.states.get(name)) + 2 for name in self._states)
+        return max(wanted, before)
+
     def groups(self, size: int) -> Iterator[list[ServicePortName]]:
         """Names in groups with about so many chains."""
         group: list[ServicePortName] = []
