@@ -27,6 +27,7 @@ CHANCE_STEPS = 1 << 31
 """The kernel keeps a chance as a number of these steps."""
 
 _UNSAFE = re.compile(r"[^A-Za-z0-9_./:>\-\[\] ]")
+_PRINTED_BARE = re.compile(r"[A-Za-z0-9_-]+")
 _FOUR_IN_SIX = re.compile(r"::([0-9a-f]{1,4}):([0-9a-f]{1,4})")
 INVALID_COUNTER = "ct_state_invalid_dropped_pkts"
 LOCALHOST_COUNTER = "localhost_nps_accepted_pkts"
@@ -39,11 +40,12 @@ def safe(text: str) -> str:
 
 
 def comment(text: str) -> str:
-    """A match that says `text`, which is safe().
-
-    Comments without blanks or slashes would be printed without quotes; there are none here.
-    """
-    return f'-m comment --comment "{text[:COMMENT_BYTES]}" '
+    """A match that says `text`, which is safe() and has a blank or a slash somewhere."""
+    if len(text) > COMMENT_BYTES:
+        text = text[:COMMENT_BYTES]
+        if _PRINTED_BARE.fullmatch(text):
+            return f"-m comment --comment {text} "
+    return f'-m comment --comment "{text}" '
 
 
 def printed(address: str) -> str:
