@@ -155,8 +155,12 @@ def host(**facts: object) -> HostState:
 HOST = host()
 
 
-def context(facts: HostState = HOST, families: tuple[Family, ...] = ("IPv4", "IPv6")) -> BackendContext:
-    return BackendContext(host=facts, families=families)
+def context(
+    facts: HostState = HOST,
+    families: tuple[Family, ...] = ("IPv4", "IPv6"),
+    options: Mapping[str, object] | None = None,
+) -> BackendContext:
+    return BackendContext(host=facts, families=families, options=options or {})
 
 
 def batch(

@@ -47,6 +47,7 @@ class Ruleset:
         self.doubtful = True
         self.unsettled = True
         self._learned = Listing()
+        self._is_learned_old = False
         self.shape: Shape | None = None
         self.frame = Frame({}, {}, ())
         self.shared: dict[Place, Shared] = {}
@@ -125,11 +126,17 @@ class Ruleset:
         self.used = frozenset((table, chain) for table in ALL_TABLES for chain in listing.table(table).users)
         self.ensured, self.stale = set(), ()
         self._learned = listing
+        self._is_learned_old = False
         self.doubtful = False
         self.unsettled = True
 
     def compare_jumps(self, framed: Frame) -> None:
         """Find out which of the rules that lead to us are there, and which lead where nothing is wanted any more."""
+        if self._is_learned_old:
+            after = set(ensured_rules(framed))
+            self.stale = (*self.stale, *(self.ensured - after))
+            self.ensured &= after
+            return
         listing = self._learned
         wanted = {(j.table, j.chain, normal(j.rule)): j for j in ensured_rules(framed)}
         found: set[Jump] = set()
@@ -158,6 +165,8 @@ class Ruleset:
                 present.pop(chain, None)
             else:
                 present[chain] = after
+        if section.ensured or section.dropped:
+            self._is_learned_old = True
         self.ensured.update(section.ensured)
         if section.dropped:
             self.stale = tuple(jump for jump in self.stale if jump not in section.dropped)
