@@ -109,7 +109,9 @@ def shape_of(
     if isinstance(detect, LocalPodsByInterface):
         if not re.fullmatch(r"[A-Za-z0-9_.:@-]{1,15}", detect.name):
             raise ConfigError(f"{detect.name!r} is not the name of an interface", field="detectLocal")
-        local_pods = f"-i {detect.name}{'+' if detect.prefix else ''}"
+        # A prefix of 15 characters leaves room for no other; iptables refuses a plus after it.
+        more = "+" if detect.prefix and len(detect.name) < 15 else ""
+        local_pods = f"-i {detect.name}{more}"
     elif detect is not None:
         local_pods = next((f"-s {cidr}" for cidr in detect.cidrs if family_of(cidr) == family), "")
     return Shape(

@@ -73,10 +73,11 @@ def targets(family, count):
         {"detect_local": None, "node_ports_ipv4": ALL, "node_ports_ipv6": ALL},
         {"detect_local": LocalPodsByInterface("cni0"), "masquerade_bit": 0},
         {"detect_local": LocalPodsByInterface("veth", prefix=True), "masquerade_bit": 31},
+        {"detect_local": LocalPodsByInterface("abcdefghijklmno", prefix=True)},
         {"detect_local": LocalPodsByCIDR(("0.0.0.0/0", "::/0")), "node_ports_ipv4": LISTED},
         {"node_ports_ipv4": NodePortAddresses(), "node_ports_ipv6": NodePortAddresses()},
     ],
-    ids=["nobody", "interface", "prefix", "everybody", "no node ports"],
+    ids=["nobody", "interface", "prefix", "long prefix", "everybody", "no node ports"],
 )
 @pytest.mark.parametrize("counted", [False, True], ids=["plain", "counted"])
 def test_services_of_every_kind_and_the_frame(tables, facts, counted):
