@@ -13,7 +13,7 @@ import msgspec
 
 from proxycore.kubechains import target_of
 
-from .rules import Rule, Rules, mark
+from .rules import NODE_PORTS, Rule, Rules, mark
 
 _LEADS_TO = re.compile(r" -[jg] (\S+)")
 _INCOMPATIBLE = re.compile(r"# Table `([^']*)' is incompatible")
@@ -156,6 +156,9 @@ class _Reader:
     def _end(self) -> None:
         """No more rules of the present chain come."""
         chain, rules = self._chain, tuple(self._held)
+        if self.table == "filter" or chain == NODE_PORTS.chain:
+            # Only there are named counters, before whose names the tool prints two spaces.
+            rules = tuple(rule.replace("--nfacct-name  ", "--nfacct-name ") for rule in rules)
         if chain in self._marks:
             if self._marks[chain] != _EMPTY:
                 raise ValueError(f"rules of chain {chain} in table {self.table} do not stand together")
