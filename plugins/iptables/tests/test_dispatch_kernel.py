@@ -8,6 +8,7 @@ import random
 import pytest
 
 from proxycore.testing.netns import Namespace
+from proxycore_iptables.counting import LOCALHOST_ACCEPTED, Counting
 from proxycore_iptables.dispatch import LEVELS, TREE_PREFIX, Shared, edit
 from proxycore_iptables.rules import SERVICES, Entry
 
@@ -45,12 +46,20 @@ RULES = (
     "! -s 10.0.0.0/8 -d 10.96.0.1/32 -p udp -m udp --dport 53 -j T",
     '-s 192.0.2.0/24 -m comment --comment "a \\"quoted\\" one" -j T',
     "-p sctp -m sctp --dport 7 -j T",
+    f"-d 127.0.0.0/8 -p tcp -m tcp --dport 7 -m nfacct --nfacct-name  {LOCALHOST_ACCEPTED} -j T",
     *(f"-d 10.96.0.{n}/32 -p tcp -m tcp --dport 80 -j T" for n in range(2, 20)),
 )
 
 
+def count():
+    """Make the counter that one of the rules needs."""
+    with Counting() as counting:
+        counting.ensure((LOCALHOST_ACCEPTED,))
+
+
 def test_edits_take_every_kind_of_rule_out_and_put_it_back(tables):
     tool = tables["IPv4"]
+    tool.namespace.call(count)
     tool.restore(
         "\n".join(["*nat", ":T - [0:0]", ":C - [0:0]", *(f"-A C {rule}" for rule in RULES), "COMMIT", ""])
     )
