@@ -227,16 +227,17 @@ def _there(tools: Tools, table: str, chain: str, said: str) -> bool:
         return (table, chain) in kernel.chains(_NFT[tools.family])
 
 
-def restore(tools: Tools, text: str, lock_seconds: int = LOCK_SECONDS) -> None:
+def restore(tools: Tools, text: str, lock_seconds: int = LOCK_SECONDS, *, test: bool = False) -> None:
     """Bring `--noflush` input into force, each of its tables in one step.
 
-    `lock_seconds`: so long the xtables lock may be another's; the nft variant needs none.  Raises RestoreRefused, which says
+    `lock_seconds`: so long the xtables lock may be another's; the nft variant needs none.  `test`: only see whether the tool
+    can read the input; nothing is changed, but legacy makes tables.  Raises RestoreRefused, which says
     what holds then; LockHeld: nothing was changed; KernelError: the tool could not be run (nothing was changed), or was ended
     because it took too long: each table is as it was or as it should be.
     """
     try:
         done = subprocess.run(
-            [tools.restore, "--noflush", "-w", str(lock_seconds)],
+            [tools.restore, "--noflush", "-w", str(lock_seconds), *(("--test",) if test else ())],
             input=text.encode("utf-8", "surrogateescape"),
             capture_output=True,
             timeout=WRITE_SECONDS,

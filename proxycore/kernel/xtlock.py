@@ -38,7 +38,9 @@ class LockHeld(KernelError):
     """
 
     def __init__(self, seconds: float, holders: tuple[Holder, ...], path: str) -> None:
+        self.seconds = seconds
         self.holders = holders
+        self.path = path
         who = ", ".join(map(str, holders)) or "a process that cannot be seen from here"
         super().__init__(
             f"the xtables lock {path} was held by {who} for more than {seconds:g} s: end it if it hangs, wait "
