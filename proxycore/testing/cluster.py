@@ -33,7 +33,7 @@ class Cluster:
         self.addresses = tuple(addresses)
         self.endpoints: dict[int, list[str]] = {}
         self.manifests = Manifests(directory / "objects")
-        self._directory = directory
+        self.directory = directory
         self._config = directory / "config.yaml"
         self.log = directory / "log"
         self.configure(backend)
@@ -131,7 +131,7 @@ class Cluster:
 
     def proxy(self, environment: Mapping[str, str] | None = None) -> ProxyProcess:
         """A proxy that runs while the block does; leaving it kills the process, whatever it is doing."""
-        lock = {"XTABLES_LOCKFILE": str(self._directory / "xtables.lock")}
+        lock = {"XTABLES_LOCKFILE": str(self.directory / "xtables.lock")}
         return ProxyProcess(
             self.lab,
             backend=self.backend,
