@@ -14,7 +14,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from proxycore.backend import BackendContext
 from proxycore.changes import change
@@ -60,56 +60,74 @@ def _backend(variant: str, options: dict[str, Any] | None = None) -> Iterator[Ip
         backend.proxycore_backend_stop()
 
 
-def _loads(services: int, *, full: bool) -> Iterator[Row]:
-    """iptables-nft is quadratic in the chains of one input, so that a load goes in by pieces."""
-    states = [cluster.state(n) for n in range(services)]
-    label = f"nft, {services:,} x {cluster.ENDPOINTS}"
+class _Loaded(NamedTuple):
+    """Seconds: of a full load, of one endpoint removed, of a restart."""
 
-    def load(options: dict[str, Any]) -> tuple[float, float, float]:
-        """Seconds of a load, of one endpoint removed, and of a restart."""
-        with _backend("nft", options) as backend:
+    load: float
+    one: float
+    again: float
+
+
+def _load(variant: str, services: int, options: dict[str, Any] | None = None) -> _Loaded:
+    """In a namespace of its own."""
+    states = [cluster.state(n) for n in range(services)]
+
+    def inside() -> _Loaded:
+        ones = []
+        with _backend(variant, options) as backend:
             batch = full_batch(states)
             with spent() as whole:
                 assert backend.proxycore_backend_apply(batch).operations
-            ones = []
             for i in range(10):
                 before = states[i * 47 % services]
                 after = cluster.state(i * 47 % services, endpoints=cluster.ENDPOINTS - 1)
+                removal = batch_of([change(after.name, before, after)])
                 with spent() as one:
-                    assert backend.proxycore_backend_apply(
-                        batch_of([change(after.name, before, after)])
-                    ).operations
+                    assert backend.proxycore_backend_apply(removal).operations
                 ones.append(one.wall)
-                backend.proxycore_backend_apply(batch_of([change(after.name, after, before)]))
-        with spent() as again, _backend("nft", options) as backend:
+                assert backend.proxycore_backend_apply(
+                    batch_of([change(after.name, after, before)])
+                ).operations
+        with spent() as again, _backend(variant, options) as backend:
             # Where iptables prints a rule in another way than it was written, its chain is written again.
-            assert backend.proxycore_backend_apply(full_batch(states)).operations < services
-        return whole.wall, median(ones), again.wall
+            assert backend.proxycore_backend_apply(batch).operations < services
+        return _Loaded(whole.wall, median(ones), again.wall)
 
-    found = {}
-    for name, options in (("pieces", {}), ("one", ALL_IN_ONE)):
-        settle()
-        with Namespace(f"load-{name}") as namespace:
-            found[name] = namespace.call(lambda options=options: load(options))
-    pieces, one, again = found["pieces"]
-    yield Row(what=f"full load in pieces, {label}", value=pieces, unit="s")
-    yield Row(what=f"full load in one restore, {label}", value=found["one"][0], unit="s")
-    yield Row(
-        what=f"one restore / pieces, {label}",
-        value=found["one"][0] / pieces,
-        unit="x",
-        bar=5 if full else 2,
-        sense=">=",
-    )
-    yield Row(what=f"one endpoint removed, {label}", value=one * 1e3, unit="ms")
-    yield Row(
-        what=f"full load in pieces / one endpoint removed, {label}",
-        value=pieces / one,
-        unit="x",
-        bar=20 if full else 5,
-        sense=">=",
-    )
-    yield Row(what=f"restart with next to nothing to write, {label}", value=again * 1e3, unit="ms")
+    settle()
+    with Namespace(f"load-{variant}") as namespace:
+        return namespace.call(inside)
+
+
+def _loads(services: int, *, full: bool) -> Iterator[Row]:
+    """iptables-nft is quadratic in the chains of one input, so that a load goes in by pieces."""
+    label = f"nft, {services:,} x {cluster.ENDPOINTS}"
+    pieces, whole = _load("nft", services), _load("nft", services, ALL_IN_ONE)
+    yield from _figures(pieces, label)
+    yield Row(what=f"full load in one restore, {label}", value=whole.load, unit="s")
+    for what, other, bar in (
+        ("full load in pieces", pieces.load, 5 if full else 1.5),
+        ("one endpoint removed", pieces.one, 50 if full else 10),
+    ):
+        yield Row(
+            what=f"one restore / {what}, {label}", value=whole.load / other, unit="x", bar=bar, sense=">="
+        )
+    if full:
+        large = 5 * services
+        loaded = _load("nft", large)
+        yield from _figures(loaded, f"nft, {large:,} x {cluster.ENDPOINTS}")
+        yield Row(
+            what=f"full load of 5 times as many Services, nft, {large:,} x {cluster.ENDPOINTS}",
+            value=loaded.load / pieces.load,
+            unit="x",
+            bar=10,
+        )
+        yield from _figures(_load("legacy", large), f"legacy, {large:,} x {cluster.ENDPOINTS}")
+
+
+def _figures(loaded: _Loaded, label: str) -> Iterator[Row]:
+    yield Row(what=f"full load, {label}", value=loaded.load, unit="s")
+    yield Row(what=f"one endpoint removed, {label}", value=loaded.one * 1e3, unit="ms")
+    yield Row(what=f"restart with next to nothing to write, {label}", value=loaded.again * 1e3, unit="ms")
 
 
 def _lines(variant: str, most: int) -> Iterator[Row]:
