@@ -22,6 +22,7 @@ from proxycore.api import (
     Operation,
     Probe,
     ServicePortName,
+    ServiceState,
     Started,
     Verification,
     hookimpl,
@@ -172,7 +173,7 @@ class IptablesBackend:
         host: Host,
         family: Family,
         ruleset: Ruleset,
-        changes: Mapping[ServicePortName, object],
+        changes: Mapping[ServicePortName, ServiceState | None],
         *,
         full: bool,
     ) -> Bringer:
@@ -180,15 +181,18 @@ class IptablesBackend:
         assert self._state is not None
         if ruleset.doubtful:
             ruleset.learn(live.read())
-        work = Work(ruleset, changes, self._state, full=full)  # type: ignore[arg-type]
+        state = self._state
         stamp = host.watch.before()
+
+        def make() -> Work:
+            return Work(ruleset, changes, state, full=full)
 
         def ran(piece: Piece) -> None:
             nonlocal stamp
             host.watch.after(stamp, family, piece.sections)
             stamp = host.watch.look()
 
-        bringer = Bringer(ruleset, live, work, ran)
+        bringer = Bringer(ruleset, live, make, ran)
         bringer.bring()
         return bringer
 

@@ -24,12 +24,15 @@ class Stuck(KernelError):
 
 
 class Bringer:
-    """One batch for one family, on the way."""
+    """One batch for one family, on the way.  `make`: what it asks, by what the ruleset knows."""
 
-    def __init__(self, ruleset: Ruleset, live: Live, work: Work, ran: Callable[[Piece], None]) -> None:
+    def __init__(
+        self, ruleset: Ruleset, live: Live, make: Callable[[], Work], ran: Callable[[Piece], None]
+    ) -> None:
         self._ruleset = ruleset
         self._live = live
-        self._work = work
+        self._make = make
+        self._work = make()
         self._ran = ran
         self._in_a_row = 0
         self.operations = 0
@@ -79,17 +82,23 @@ class Bringer:
             try:
                 self._run(piece)
             except RestoreRefused as refused:
-                if not self._left_out(piece, refused):
+                named = self._left_out(piece, refused)
+                if self._ruleset.doubtful or not named:
                     self._reread()
+                if not named:
                     return False
             else:
                 break
         return True
 
     def _reread(self) -> None:
-        """What was remembered may be the fault."""
+        """What was remembered may be the fault, and part of the input may be in force: everything is compared."""
+        self._work.give_up()
+        failed = self._work.failed
         self._ruleset.learn(self._live.read())
-        self._ruleset.compare_jumps(self._work.frame)
+        self._work = self._make()
+        for name, why in failed.items():
+            self._work.exclude(name, why)
 
     def _left_out(self, piece: Piece, refused: RestoreRefused) -> bool:
         """Leave out whom the tool names; False: it names nobody."""

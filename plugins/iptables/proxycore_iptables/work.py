@@ -204,8 +204,8 @@ class Work:
 
     def last_pieces(self, size: int) -> Iterator[Piece]:
         """Refusals of the new state alone, and what nothing leads to any more."""
-        _, last = self._refusals()
-        yield from pieces((last,), together=True)
+        # With those of both states in force, what is left to write is the new state.
+        yield from pieces(self._refusals(), together=True)
         for table in ("nat", "mangle"):
             left = self._left_over(table)
             for start in range(0, max(len(left), 1), size):

@@ -1,0 +1,180 @@
+"""iptables in memory, for tests: one family's tables with the kernel's rules about references, and faults on demand."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+
+from proxycore.api import BackendContext, Family, KernelError
+from proxycore.kernel.xtables import RestoreRefused, Variant
+from proxycore.kubechains import target_of
+
+from .listing import Counted, Listing, read
+from .program import Section
+from .rules import Place, Rules
+from .ruleset import KEPT_WHOLE, shown
+from .shape import Features, Options
+from .stamp import Stamp
+from .watch import Watch
+
+BUILT_IN: Mapping[str, tuple[str, ...]] = {
+    "filter": ("INPUT", "FORWARD", "OUTPUT"),
+    "mangle": ("PREROUTING", "INPUT", "FORWARD", "OUTPUT", "POSTROUTING"),
+    "nat": ("PREROUTING", "INPUT", "OUTPUT", "POSTROUTING"),
+}
+_EXTENSIONS = frozenset({"ACCEPT", "DROP", "RETURN", "REJECT", "DNAT", "MARK", "MASQUERADE"})
+Chains = dict[str, list[str]]
+
+
+class FakeTables:
+    """Tables of one family.
+
+    `refuse_line(rule)`: the tool names the line of such a rule; `refuse_commit(rule)`: the kernel refuses the table and
+    nobody is named.  `die_after`: so many sections are committed, then the process is gone (KernelError), once.
+    """
+
+    def __init__(self, family: Family, variant: Variant = "nft") -> None:
+        self.family: Family = family
+        self.variant: Variant = variant
+        self.name = f"{'iptables' if family == 'IPv4' else 'ip6tables'}-{variant}"
+        self.tables: dict[str, Chains] = {t: {c: [] for c in chains} for t, chains in BUILT_IN.items()}
+        self.commits = 0
+        self.texts: list[str] = []
+        self.refuse_line: Callable[[str], bool] = lambda rule: False
+        self.refuse_commit: Callable[[str], bool] = lambda rule: False
+        self.die_after: int | None = None
+
+    # -- Live --
+
+    def read(self, keep: Collection[str] = ()) -> Listing:
+        return read(self.save().splitlines(), ours=shown, keep={*KEPT_WHOLE, *keep})
+
+    def rules(self, places: Collection[Place]) -> dict[Place, Rules]:
+        return {
+            place: tuple(self.tables[place.table][place.chain])
+            for place in places
+            if place.chain in self.tables[place.table]
+        }
+
+    def counters(self, wanted: Callable[[str, str], bool]) -> list[Counted]:
+        return [
+            Counted(table, chain, rule, 0, 0)
+            for table, chains in self.tables.items()
+            for chain, rules in chains.items()
+            if wanted(table, chain)
+            for rule in rules
+        ]
+
+    def restore(self, text: str, sections: Sequence[Section]) -> None:
+        self.texts.append(text)
+        table, chains = "", Chains()
+        done = 0
+        for number, line in enumerate(text.splitlines(), start=1):
+            if line.startswith("*"):
+                table = line[1:]
+                chains = {chain: list(rules) for chain, rules in self.tables[table].items()}
+            elif line == "COMMIT":
+                self._commit(table, chains, number)
+                done += 1
+                if done == self.die_after:
+                    self.die_after = None
+                    raise KernelError("killed")
+            else:
+                self._line(chains, line, number)
+
+    def save(self) -> str:
+        """As `iptables-save` prints it."""
+        lines = []
+        for table, chains in self.tables.items():
+            lines.append(f"*{table}")
+            lines += [f":{chain} {'ACCEPT' if chain in BUILT_IN[table] else '-'} [0:0]" for chain in chains]
+            lines += [f"-A {chain} {rule}" for chain, rules in chains.items() for rule in rules]
+            lines.append("COMMIT")
+        return "\n".join(lines)
+
+    # -- its inside --
+
+    def _line(self, chains: Chains, line: str, number: int) -> None:
+        if line.startswith(":"):
+            chains[line[1:].partition(" ")[0]] = []
+            return
+        verb, chain, rule = (line.split(" ", 2) + [""])[:3]
+        if verb == "-X":
+            if chains.get(chain):
+                raise _refused(number, f"chain {chain} is not empty")
+            if chain not in chains:
+                raise _refused(number, f"no chain {chain}")
+            del chains[chain]
+            return
+        if chain not in chains:
+            raise _refused(number, f"no chain {chain}")
+        if verb == "-D":
+            if rule not in chains[chain]:
+                raise _refused(number, f"no such rule in {chain}")
+            chains[chain].remove(rule)
+            return
+        place = len(chains[chain])
+        if verb == "-I":
+            place = 0
+            first, _, rest = rule.partition(" ")
+            if first.isdigit():
+                place, rule = int(first) - 1, rest
+        if place > len(chains[chain]):
+            raise _refused(number, f"index of insertion too big in {chain}")
+        if self.refuse_line(rule):
+            raise _refused(number, "bad value")
+        chains[chain].insert(place, rule)
+
+    def _commit(self, table: str, chains: Chains, number: int) -> None:
+        for chain, rules in chains.items():
+            for rule in rules:
+                target = target_of(f"-A {chain} {rule}")
+                if target not in chains and target not in _EXTENSIONS and target is not None:
+                    raise _refused(
+                        None, f"line {number} failed: {chain} leads to {target}, which is not there"
+                    )
+                if self.refuse_commit(rule):
+                    raise _refused(None, f"line {number} failed")
+        if chains != self.tables[table]:
+            self.commits += 1
+        self.tables[table] = chains
+
+
+def _refused(line: int | None, said: str) -> RestoreRefused:
+    return RestoreRefused(f"refused: {said}", line=line, lines=(line,) if line else (), said=said)
+
+
+class FakeStamps:
+    """The number of commits of all families."""
+
+    def __init__(self, tables: Collection[FakeTables]) -> None:
+        self._tables = tables
+
+    def read(self) -> Stamp:
+        return Stamp(generation=sum(tables.commits for tables in self._tables))
+
+    def close(self) -> None:
+        pass
+
+
+class FakeHost:
+    """A host of fake tables, which outlive the backend."""
+
+    why = "it is a fake"
+    others: tuple[str, ...] = ()
+
+    def __init__(self, variant: Variant = "nft", families: Sequence[Family] = ("IPv4", "IPv6")) -> None:
+        self.variant: Variant = variant
+        self.tables = {family: FakeTables(family, variant) for family in families}
+        self.features = {family: Features() for family in families}
+        self.watch = Watch(FakeStamps(self.tables.values()))
+
+    def open(self, context: BackendContext, options: Options) -> FakeHost:
+        """For IptablesBackend(open_host=...)."""
+        self.watch = Watch(FakeStamps(self.tables.values()))
+        return self
+
+    def figures(self) -> Mapping[str, int]:
+        return {}
+
+    def close(self) -> None:
+        pass
