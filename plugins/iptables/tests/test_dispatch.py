@@ -325,6 +325,7 @@ def applied(before, lines, chain="C"):
     return tuple(held)
 
 
+@settings(deadline=None)
 @given(st.data())
 def test_an_edit_does_what_a_rewrite_would(data):
     before = tuple(f"-p {n}" for n in range(data.draw(st.integers(0, 40))))
@@ -339,6 +340,7 @@ def test_an_edit_does_what_a_rewrite_would(data):
         assert len(kept) <= 8 or len(set(before) ^ set(kept)) > len(kept) // 2
 
 
+@settings(deadline=None)
 @given(st.lists(st.sampled_from("abcdefghijklmnop")), st.lists(st.sampled_from("abcdefghijklmnop")))
 def test_an_edit_of_anything_is_right_or_none(before, after):
     lines = edit(tuple(before), tuple(after), "C")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from proxycore_iptables.normal import normal
@@ -93,12 +93,14 @@ statistic --mode random --probability 0.3 MARK --set-mark --or-mark unknown --un
 """
 
 
+@settings(deadline=None)
 @given(st.lists(st.sampled_from(WORDS.split()), max_size=14))
 def test_any_words_have_a_form_that_is_its_own(words):
     form = normal(" ".join(words))
     assert normal(form) == form
 
 
+@settings(deadline=None)
 @given(st.text(max_size=40))
 def test_any_text_has_a_form(text):
     normal(text)
