@@ -231,9 +231,10 @@ def restore(tools: Tools, text: str, lock_seconds: int = LOCK_SECONDS, *, test: 
     """Bring `--noflush` input into force, each of its tables in one step.
 
     `lock_seconds`: so long the xtables lock may be another's; the nft variant needs none.  `test`: only see whether the tool
-    can read the input; nothing is changed, but legacy makes tables.  Raises RestoreRefused, which says
-    what holds then; LockHeld: nothing was changed; KernelError: the tool could not be run (nothing was changed), or was ended
-    because it took too long: each table is as it was or as it should be.
+    can read the input, and the kernel knows its matches and targets; nothing is changed, but legacy makes tables.
+
+    Raises RestoreRefused, which says what holds then; LockHeld: nothing was changed; KernelError: the tool could not be
+    run (nothing was changed), or was ended because it took too long: each table is as it was or as it should be.
     """
     try:
         done = subprocess.run(
@@ -247,8 +248,8 @@ def restore(tools: Tools, text: str, lock_seconds: int = LOCK_SECONDS, *, test: 
         raise _cannot_run(tools.restore, error) from error
     except subprocess.TimeoutExpired as error:
         raise KernelError(f"{tools.restore} did not end within {WRITE_SECONDS:g} s and was killed") from error
-    if done.returncode:
-        said = done.stderr.decode("utf-8", "replace")
+    said = done.stderr.decode("utf-8", "replace")
+    if done.returncode or (test and is_missing_module(said)):
         if is_lock_held(said):
             raise LockHeld(lock_seconds, xtlock.holders(), xtlock.path())
         raise _refused(tools, done.returncode, said, text)
@@ -330,6 +331,11 @@ def refused_lines(said: str) -> Iterator[int]:
 def is_lock_held(said: str) -> bool:
     """Did a tool give up for the xtables lock?"""
     return _HELD in said and "Fatal" not in said
+
+
+def is_missing_module(said: str) -> bool:
+    """Did a tool, of 1.8.8 or later, only warn that the kernel does not know a match or target?  Earlier ones fail."""
+    return "not supported, missing kernel module" in said
 
 
 def is_missing_right(said: str) -> bool:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from proxycore.errors import KernelError
-from proxycore.kernel import xtables, xtlock
+from proxycore.kernel import nftables, xtables, xtlock
 from proxycore.kernel.xtables import LockHeld, RestoreRefused, Tools
 from proxycore.testing.netns import Namespace
 
@@ -237,6 +237,37 @@ def test_a_whole_table_that_is_refused_has_no_line(namespace, tools):
     found = refused(namespace, tools, "*nosuch", ":A - [0:0]", "COMMIT")
     assert found.line is None
     assert "nosuch" in found.said
+
+
+@pytest.mark.root
+def test_trying_changes_nothing(namespace, tools):
+    namespace.call(lambda: xtables.restore(tools, "*filter\n:A - [0:0]\n-A A -j DROP\nCOMMIT\n"))
+
+    def state() -> tuple[int, list[str]]:
+        with nftables.NfTables() as kernel:
+            return kernel.generation(), [
+                line for line in xtables.save(tools, list) if not line.startswith("#")
+            ]
+
+    before = namespace.call(state)
+    good, bad = "*filter\n:A - [0:0]\n-A A -j ACCEPT\nCOMMIT\n", "*filter\n-A A -m nosuch\nCOMMIT\n"
+    namespace.call(lambda: xtables.restore(tools, good, test=True))
+    with pytest.raises(RestoreRefused, match="nosuch") as caught:
+        namespace.call(lambda: xtables.restore(tools, bad, test=True))
+    assert caught.value.line == 2
+    assert namespace.call(state) == before
+
+
+def test_a_warning_is_a_refusal_of_a_trial_alone(tmp_path):
+    warning = "Warning: Extension nfacct revision 0 not supported, missing kernel module?"
+    warning_tool = tmp_path / "warning"
+    warning_tool.write_text(f"#!/bin/sh\ncat >/dev/null\necho '{warning}' >&2\n")
+    warning_tool.chmod(0o755)
+    tools = Tools("nft", "IPv4", "", str(warning_tool))
+    with pytest.raises(RestoreRefused, match="missing kernel module") as caught:
+        xtables.restore(tools, "*nat\nCOMMIT\n", test=True)
+    assert (caught.value.line, caught.value.said) == (None, warning)
+    xtables.restore(tools, "*nat\nCOMMIT\n")
 
 
 @pytest.mark.root

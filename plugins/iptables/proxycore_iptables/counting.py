@@ -31,8 +31,6 @@ _SUBSYSTEM = 7
 _NEW, _GET, _DELETE = (_SUBSYSTEM << 8 | kind for kind in (0, 1, 3))
 _NAME, _PACKETS = 1, 2
 _HEADER = struct.Struct(">BBH").pack(socket.AF_UNSPEC, 0, 0)
-_PROBE = "PROXYCORE-PROBE"
-"""A chain of the filter table that is there for a moment at most."""
 
 
 class Counting:
@@ -87,24 +85,19 @@ class Counting:
 def problem(tools: Tools) -> str | None:
     """Why there can be no such counters here, in a sentence; None if there can.
 
-    Makes the counter INVALID_DROPPED, if it can, and for a moment a chain in the filter table that no packet meets.
-    Raises KernelError: the lock is another's, or that chain, which was made, could not be taken away again.
+    Nothing is changed in the tables, but legacy makes the filter table.  Raises KernelError: the lock is another's, or the tool
+    cannot be run.
     """
     try:
         with Counting() as counting:
-            counting.ensure((INVALID_DROPPED,))
+            counting.packets()
     except KernelError as error:
         return f"the kernel has no nfacct counters: {error}"
-    rule = f"-A {_PROBE} -m nfacct --nfacct-name {INVALID_DROPPED}"
-    make, remove = f":{_PROBE} - [0:0]\n{rule}\n", f"-F {_PROBE}\n-X {_PROBE}\n"
-    # In nft the kernel checks the rule even if it goes in the same commit; legacy's kernel sees only what is left at the end.
-    first = make + (remove if tools.variant == "nft" else "")
+    rule = f"-A FORWARD -m nfacct --nfacct-name {INVALID_DROPPED}"
     try:
-        xtables.restore(tools, f"*filter\n{first}COMMIT\n")
+        xtables.restore(tools, f"*filter\n{rule}\nCOMMIT\n", test=True)
     except RestoreRefused as error:
-        return f"{tools} cannot count with nfacct: {error}"
-    if tools.variant == "legacy":
-        xtables.restore(tools, f"*filter\n:{_PROBE} - [0:0]\n-X {_PROBE}\nCOMMIT\n")
+        return f"{tools} cannot count with nfacct: {error.said}"
     return None
 
 

@@ -13,6 +13,8 @@ import glob
 import importlib.util
 import os
 import shlex
+import socket
+import struct
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -24,6 +26,11 @@ from proxycore.model import Family
 ATTEMPTS = 5
 """So often a change is tried when a program that takes no lock gets in between."""
 _LIBRARIES = ("/usr/lib/*/xtables", "/usr/lib/xtables", "/usr/lib64/xtables", "/lib/xtables")
+_REVISION = struct.Struct("29sB")
+"""struct xt_get_revision: name and revision."""
+_GET_MATCH, _GET_MATCH6 = 66, 68
+"""IPT_SO_GET_REVISION_MATCH and IP6T_SO_GET_REVISION_MATCH; the same for targets is one more."""
+_libc = ctypes.CDLL(None, use_errno=True)
 _RULE_OPTIONS = {
     "-s": "src",
     "-d": "dst",
@@ -170,12 +177,24 @@ class Raw:
                 part.set_parameter(option, "")
         except Exception as error:  # noqa: BLE001 - python-iptables raises of many kinds
             said = plain(error)
-            return (
-                f"{said}: its library is missing, or the kernel has no such thing"
-                if "can't find" in said
-                else said
-            )
-        return ""
+            unknown = ": its library is missing, or the kernel has no such thing"
+            return said + unknown if "can't find" in said else said
+        if self._is_in_kernel(name, part._revision, target=target):
+            return ""
+        return f"the kernel has no {'target' if target else 'match'} {name}"
+
+    def _is_in_kernel(self, name: str, revision: int, *, target: bool) -> bool:
+        """Newer libraries load an extension that the kernel does not have, and only warn."""
+        domain, level, option = (
+            (socket.AF_INET, socket.IPPROTO_IP, _GET_MATCH)
+            if self.family == "IPv4"
+            else (socket.AF_INET6, socket.IPPROTO_IPV6, _GET_MATCH6)
+        )
+        asked = ctypes.create_string_buffer(_REVISION.pack(name.encode(), revision), _REVISION.size)
+        size = ctypes.c_uint32(_REVISION.size)
+        with socket.socket(domain, socket.SOCK_RAW, socket.IPPROTO_RAW) as on:
+            failed = _libc.getsockopt(on.fileno(), level, option + target, asked, ctypes.byref(size))
+        return not failed or ctypes.get_errno() not in (errnos.ENOENT, errnos.EPROTONOSUPPORT)
 
 
 def _check(part: Any) -> None:

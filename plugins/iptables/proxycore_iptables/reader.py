@@ -17,6 +17,7 @@ from proxycore.kubechains import is_kube_proxys, target_of
 
 from . import listing
 from .link import Link
+from .normal import normal
 from .rules import Jump
 
 PROBE_SECONDS = 30.0
@@ -187,7 +188,7 @@ class NftReader:
         try:
             xtables.restore(self._tools, "".join(lines), test=True)
         except RestoreRefused as refused:
-            if refused.line is None:
+            if refused.errno:
                 raise
             return refused.said
         return ""
@@ -198,7 +199,8 @@ class NftReader:
     def assert_jumps(self, jumps: Sequence[Jump]) -> tuple[Jump, ...]:
         places = dict.fromkeys((jump.table, jump.chain) for jump in jumps)
         there = {place: xtables.list_chain(self._tools, *place) or () for place in places}
-        missing = tuple(jump for jump in jumps if jump.rule not in there[jump.table, jump.chain])
+        known = {place: {normal(rule) for rule in rules} for place, rules in there.items()}
+        missing = tuple(jump for jump in jumps if normal(jump.rule) not in known[jump.table, jump.chain])
         text = ""
         for table in dict.fromkeys(jump.table for jump in missing):
             lines = [f"-I {jump.chain} {jump.rule}" for jump in missing if jump.table == table]

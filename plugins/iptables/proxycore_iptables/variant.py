@@ -48,13 +48,13 @@ class Found(NamedTuple):
 def choose(
     families: Sequence[Family],
     wanted: VariantChoice = "auto",
-    find: Callable[[], Iterable[Tools]] = xtables.find,
+    find: Callable[[], Iterable[Tools]] | None = None,
 ) -> Chosen:
     """Choose for the network namespace of this thread; nothing is changed, made or loaded for it.
 
     Raises KernelError: the programs of the variant are missing for a family, or it does not work, and what to do.
     """
-    tools = {(found.variant, found.family): found for found in find()}
+    tools = {(found.variant, found.family): found for found in (find or xtables.find)()}
     variant, why, seen = _choose(families, wanted, tools)
     return Chosen(
         variant=variant,

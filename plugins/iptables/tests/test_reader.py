@@ -128,6 +128,26 @@ def test_what_does_not_load_is_named(tables, monkeypatch):
     assert ("NOSUCH" if tables.variant == "legacy" else 'unknown option "--x"') in found["NOSUCH"]
 
 
+@pytest.mark.parametrize(
+    ("kind", "name", "options"), [("match", "ipvs", "--ipvs"), ("target", "LED", "--led-trigger-id x")]
+)
+def test_what_the_kernel_lacks_is_named(tables, monkeypatch, kind, name, options):
+    """The tools only warn of it."""
+    rule = f"{'-m' if kind == 'match' else '-j'} {name} {options}"
+    done = tables.namespace.run(
+        [tools_of(tables.name).restore, "--noflush"],
+        stdin=f"*nat\n:A - [0:0]\n-A A {rule}\nCOMMIT\n",
+        check=False,
+    )
+    if done.returncode == 0:
+        pytest.skip(f"the kernel has {name}")
+    monkeypatch.setattr(readers, "extensions", lambda family: [readers.Extension(kind, name, rule)])
+    found = tables.call("probe")
+    assert set(found) == {name}
+    assert name in found[name]
+    assert "kernel" in found[name]
+
+
 def test_census(tables):
     assert tables.call("census") == {}
     tables.load(*OURS)
@@ -235,6 +255,15 @@ def test_jumps_that_the_tools_wrote_are_recognised(tables):
     assert tables.saved() == before
     assert tables.call("assert_jumps", jumps) == jumps[1::2]
     assert tables.call("assert_jumps", jumps) == ()
+
+
+def test_the_text_of_a_jump_may_differ(tables):
+    prepare(tables)
+    jump = Jump("nat", "PREROUTING", '-m comment --comment "x"  --jump KUBE-SERVICES')
+    tables.load("*nat", "-A PREROUTING -m comment --comment x -j KUBE-SERVICES", "COMMIT")
+    if tables.variant == "legacy":
+        jump = jump._replace(rule=jump.rule.replace("--jump", "-j"))
+    assert tables.call("assert_jumps", (jump,)) == ()
 
 
 def test_a_rule_that_nearly_is_the_jump_does_not_do(tables):

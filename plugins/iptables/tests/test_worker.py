@@ -18,7 +18,7 @@ from proxycore.errors import KernelError
 from proxycore.testing.netns import Namespace
 from proxycore_iptables.link import Link
 
-from .edge import load
+from .edge import load, saved
 
 pytestmark = pytest.mark.root
 
@@ -211,6 +211,29 @@ def test_standard_output_stays_ours(namespace, capfd):
     stop.set()
     writer.join()
     assert capfd.readouterr().out == "x\n" * written
+
+
+IN_BETWEEN = """
+import subprocess
+from proxycore_iptables import worker
+from proxycore_iptables.raw import Raw
+opened = []
+def change(table):
+    opened.append(table)
+    table.insert("OUTPUT", "-j OURS")
+    if len(opened) < 3:
+        subprocess.run(["iptables-legacy", "-w", "5", "-t", "nat", "-A", "OUTPUT", "-j", "RETURN"], check=True)
+    return ["done"]
+raw = Raw("IPv4")
+print(worker.changed(raw, "nat", change), len(opened))
+"""
+
+
+def test_who_takes_no_lock_is_noticed_by_the_kernel_and_kept(namespace):
+    load(namespace, "iptables-legacy", "*nat", ":OURS - [0:0]", "COMMIT")
+    assert namespace.run([sys.executable, "-c", IN_BETWEEN]).stdout == "['done'] 3\n"
+    rules = [line for line in saved(namespace, "iptables-legacy") if line.startswith("-A")]
+    assert rules == ["-A OUTPUT -j OURS", "-A OUTPUT -j RETURN", "-A OUTPUT -j RETURN"]
 
 
 def test_no_module_of_the_kernel_is_loaded_for_the_import():
