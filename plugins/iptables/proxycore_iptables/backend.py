@@ -32,7 +32,9 @@ from . import cleaning, counts, offline
 from .bring import Bringer
 from .drift import compare
 from .host import Host, RealHost
+from .live import Live
 from .program import Piece
+from .rules import Jump
 from .ruleset import Ruleset
 from .shape import Options, parse_options
 from .work import Work
@@ -226,15 +228,34 @@ class IptablesBackend:
             return Verification(checked=False, figures=figures)
         looked = host.watch.look()
         drift: list[Drift] = []
+        repaired = True
         for family, ruleset in self._rulesets.items():
             live = host.tables[family]
-            drift += compare(ruleset, live, live.read())
-        host.watch.settle(looked)
+            found, jumps = compare(ruleset, live, live.read())
+            drift += found
+            if found:
+                repaired = self._put_back(ruleset, live, jumps) and repaired
+        host.watch.settle(host.watch.look() if drift and repaired else looked)
         ended = self._clock()
         took = ended - began
         self._verify_after = ended + min(took / VERIFY_SHARE, VERIFY_PAUSE_MAX)
         self._deep_after = ended + max(took / DEEP_SHARE, DEEP_PAUSE_MIN)
-        return Verification(checked=True, drift=tuple(drift), figures=figures)
+        return Verification(
+            checked=True, drift=tuple(drift), repaired=bool(drift) and repaired, figures=figures
+        )
+
+    @staticmethod
+    def _put_back(ruleset: Ruleset, live: Live, jumps: list[Jump]) -> bool:
+        """Repair at once where nothing but rules that lead to us is missing."""
+        if not jumps:
+            return False
+        try:
+            live.assert_jumps(jumps)
+        except KernelError:
+            return False
+        ruleset.put(jumps)
+        ruleset.unsettled = False
+        return True
 
     def _clear_away(self) -> None:
         """What is in the other variant goes, once, when ours is in force."""

@@ -6,46 +6,54 @@ A rule of the nat table is met once for each connection.
 from __future__ import annotations
 
 import ipaddress
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 
 from proxycore.api import Counters, Family, KernelObject, ServicePortName
 
-from .listing import Counted
 from .live import Live
-from .names import is_service_chain
-from .rules import NODE_PORTS, SERVICES, Entry, Place, Rule
+from .reader import Counts
+from .rules import NODE_PORTS, SERVICES, Entry, Place, Rule, Rules
 from .ruleset import Ruleset
 
 _DNAT = "--to-destination "
-_ROOTS = frozenset({SERVICES.chain, NODE_PORTS.chain})
+_Seen = dict[tuple[Family, str, Rule], tuple[int, int]]
+"""By rule: what it counted before its chain was last rewritten, and its count of last time."""
 
 
 class Totals:
     """Connections since the start: a rule's own counter begins anew when its chain is rewritten."""
 
     def __init__(self) -> None:
-        self._seen: dict[tuple[Family, str, Rule], tuple[int, int]] = {}
+        self._seen: _Seen = {}
 
     def read(self, ruleset: Ruleset, live: Live) -> Iterator[Counters]:
         """Counters of every Service port of a family.  Raises KernelError."""
-        found = live.counters(lambda table, chain: chain in _ROOTS or is_service_chain(chain))
-        owners = ruleset.owners()
+        counted = _Counted(live.counters())
         frontends: dict[Rule, tuple[ServicePortName, str]] = {}
+        by_endpoint: dict[ServicePortName, dict[str, int]] = {}
+        by_frontend: dict[ServicePortName, dict[str, int]] = {}
+        fresh: _Seen = {}
         for name in ruleset.states:
+            rules = ruleset.rules_of(name)
+            by_endpoint[name], by_frontend[name] = {}, {}
+            for chain, own in rules.chains.items():
+                if _DNAT in own[-1]:
+                    endpoint = own[-1].rpartition(_DNAT)[2].partition(" ")[0]
+                    packets = counted.of(chain, own)[own[-1]]
+                    _add(
+                        by_endpoint[name],
+                        endpoint,
+                        self._total(ruleset.family, chain, own[-1], packets, fresh),
+                    )
             for place in (SERVICES, NODE_PORTS):
-                for entry in ruleset.rules_of(name).entries.get(place, ()):
+                for entry in rules.entries.get(place, ()):
                     frontends[entry.rule] = name, _frontend(entry)
-        by_frontend: dict[ServicePortName, dict[str, int]] = {name: {} for name in ruleset.states}
-        by_endpoint: dict[ServicePortName, dict[str, int]] = {name: {} for name in ruleset.states}
-        fresh: dict[tuple[Family, str, Rule], tuple[int, int]] = {}
-        for item in found:
-            owner = owners.get(item.chain)
-            if owner is not None and _DNAT in item.rule:
-                total = self._total(ruleset.family, item, fresh)
-                endpoint = item.rule.rpartition(_DNAT)[2].partition(" ")[0]
-                _add(by_endpoint[owner], endpoint, total)
-            elif owner is None and (known := frontends.get(item.rule)):
-                _add(by_frontend[known[0]], known[1], self._total(ruleset.family, item, fresh))
+        for place in (SERVICES, NODE_PORTS):
+            for chain, shared in ruleset.shared[place].chains().items() if frontends else ():
+                for rule, packets in counted.of(chain, shared).items():
+                    if known := frontends.get(rule):
+                        total = self._total(ruleset.family, "", rule, packets, fresh)
+                        _add(by_frontend[known[0]], known[1], total)
         self._seen = {key: value for key, value in self._seen.items() if key[0] != ruleset.family} | fresh
         for name in ruleset.states:
             yield Counters(
@@ -55,15 +63,25 @@ class Totals:
                 by_endpoint=by_endpoint[name],
             )
 
-    def _total(
-        self, family: Family, item: Counted, fresh: dict[tuple[Family, str, Rule], tuple[int, int]]
-    ) -> int:
-        key = family, item.chain if _DNAT in item.rule else "", item.rule
-        base, last = self._seen.get(key, (0, 0))
-        if item.packets < last:
+    def _total(self, family: Family, chain: str, rule: Rule, packets: int, fresh: _Seen) -> int:
+        base, last = self._seen.get((family, chain, rule), (0, 0))
+        if packets < last:
             base += last
-        fresh[key] = base, item.packets
-        return base + item.packets
+        fresh[family, chain, rule] = base, packets
+        return base + packets
+
+
+class _Counted:
+    """Packets by the rules that should be there; none where a chain is not as it should be."""
+
+    def __init__(self, counts: Counts) -> None:
+        self._counts = counts
+
+    def of(self, chain: str, rules: Rules) -> Mapping[Rule, int]:
+        counts = self._counts.get(("nat", chain), ())
+        if len(counts) != len(rules):
+            return dict.fromkeys(rules, 0)
+        return {rule: count.packets for rule, count in zip(rules, counts, strict=True)}
 
 
 def _add(totals: dict[str, int], key: str, more: int) -> None:

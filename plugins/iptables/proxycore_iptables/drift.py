@@ -10,8 +10,8 @@ from proxycore.api import Drift, ServicePortName
 from .listing import Listing
 from .live import Live
 from .normal import normal
-from .rules import Rules, TableName, mark
-from .ruleset import ALL_TABLES, Ruleset, ensured_rules, ours
+from .rules import Jump, Rules, TableName, mark
+from .ruleset import ALL_TABLES, GUARDED, Ruleset, ours
 
 _SHOWN = 3
 
@@ -21,13 +21,14 @@ class _Found(NamedTuple):
     changed: list[str]
 
 
-def compare(ruleset: Ruleset, live: Live, listing: Listing) -> list[Drift]:
+def compare(ruleset: Ruleset, live: Live, listing: Listing) -> tuple[list[Drift], list[Jump]]:
     """How a listing differs from what was written; the ruleset then takes the listing for the truth.
 
-    A chain whose rules have another text and the same meaning is none: that text is remembered.
+    A chain whose rules have another text and the same meaning is none: that text is remembered.  The second part: rules that
+    lead to us, if these alone are missing; once they are put back, nothing else is to be done.
     """
     expected = {table: dict(ruleset.present[table]) for table in ALL_TABLES}
-    missing_before = {rule for rule in ensured_rules(ruleset.frame) if rule not in ruleset.ensured}
+    missing_before = ruleset.missing(ruleset.frame)
     ruleset.learn(listing)
     suspects = [
         (table, chain)
@@ -47,17 +48,20 @@ def compare(ruleset: Ruleset, live: Live, listing: Listing) -> list[Drift]:
     drift += [
         Drift(service=None, what=f"{live.variant} {t}: chain {c} was made by somebody else") for t, c in added
     ]
-    ruleset.compare_jumps(ruleset.frame)
-    for rule in ensured_rules(ruleset.frame):
-        if rule not in ruleset.ensured and rule not in missing_before:
+    stale = ruleset.stale(ruleset.frame)
+    others = bool(drift or stale)
+    missing = ruleset.missing(ruleset.frame)
+    for rule in missing:
+        if rule not in missing_before:
             where = f"{live.variant} {rule.table}"
             drift.append(Drift(service=None, what=f"{where}: the rule -A {rule.chain} {rule.rule} is gone"))
-    for jump in ruleset.stale:
+    for jump in stale:
         what = f"{live.variant} {jump.table}: the rule -A {jump.chain} {jump.rule} was put there by somebody else"
         drift.append(Drift(service=None, what=what))
-    if not drift:
+    if not drift and not missing:
         ruleset.unsettled = False
-    return drift
+    alone = not others and all((rule.table, rule.chain) != GUARDED for rule in missing)
+    return drift, missing if alone else []
 
 
 def _judged(

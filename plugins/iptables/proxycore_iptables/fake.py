@@ -8,9 +8,10 @@ from proxycore.api import BackendContext, Family, KernelError
 from proxycore.kernel.xtables import RestoreRefused, Variant
 from proxycore.kubechains import target_of
 
-from .listing import Counted, Listing, read
+from .listing import Listing, read
 from .program import Section
-from .rules import Place, Rules
+from .reader import Count, Counts
+from .rules import Jump, Place, Rules
 from .ruleset import KEPT_WHOLE, shown
 from .shape import Features, Options
 from .stamp import Stamp
@@ -55,14 +56,23 @@ class FakeTables:
             if place.chain in self.tables[place.table]
         }
 
-    def counters(self, wanted: Callable[[str, str], bool]) -> list[Counted]:
-        return [
-            Counted(table, chain, rule, 0, 0)
+    def counters(self) -> Counts:
+        return {
+            (table, chain): tuple(Count(0, 0) for _ in rules)
             for table, chains in self.tables.items()
             for chain, rules in chains.items()
-            if wanted(table, chain)
-            for rule in rules
-        ]
+            if shown(table, chain)
+        }
+
+    def assert_jumps(self, jumps: Sequence[Jump]) -> None:
+        for jump in jumps:
+            rules = self.tables[jump.table][jump.chain]
+            if jump.rule not in rules:
+                rules.insert(0, jump.rule)
+                self.commits += 1
+
+    def close(self) -> None:
+        pass
 
     def restore(self, text: str, sections: Sequence[Section]) -> None:
         self.texts.append(text)

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Protocol
 
 from proxycore.api import INVALID_DROPPED, LOCALHOST_NODE_PORTS_ACCEPTED, BackendContext, Family, KernelError
-from proxycore.kernel.xtables import Tools, Variant
+from proxycore.kernel import xtables
+from proxycore.kernel.xtables import RestoreRefused, Tools, Variant
 
 from . import counting
 from .live import Live, ToolTables
@@ -60,7 +61,8 @@ class RealHost:
             self._counting.ensure()
         liberal = is_liberal()
         self.features: Mapping[Family, Features] = {
-            family: Features(nfacct=named[family], liberal=liberal) for family in chosen.tools
+            family: Features(random_fully=_knows_random_fully(tools), nfacct=named[family], liberal=liberal)
+            for family, tools in chosen.tools.items()
         }
         self.watch = Watch(stamps(chosen.variant, context.families))
 
@@ -74,9 +76,20 @@ class RealHost:
         return {figure: packets[name] for figure, name in _FIGURES.items() if name in packets}
 
     def close(self) -> None:
+        for live in self.tables.values():
+            live.close()
         self.watch.close()
         if self._counting is not None:
             self._counting.close()
+
+
+def _knows_random_fully(tools: Tools) -> bool:
+    text = "*nat\n:PROXYCORE-PROBE - [0:0]\n-A PROXYCORE-PROBE -j MASQUERADE --random-fully\nCOMMIT\n"
+    try:
+        xtables.restore(tools, text, test=True)
+    except RestoreRefused:
+        return False
+    return True
 
 
 def is_liberal() -> bool:

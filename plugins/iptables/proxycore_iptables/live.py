@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from typing import Protocol
 
 from proxycore.api import Family
 from proxycore.kernel import xtables
 from proxycore.kernel.xtables import LockHeld, RestoreRefused, Tools, Variant
 
-from .listing import Counted, Listing, counters, read
+from .listing import Listing, read
 from .program import Section
-from .rules import Place, Rules, TableName
+from .reader import Counts, Reader, reader
+from .rules import Jump, Place, Rules
 from .ruleset import KEPT_WHOLE, shown
 
-__all__ = ["Counted", "Live", "LockHeld", "RestoreRefused", "ToolTables"]
-
-READ_TABLES: tuple[TableName, ...] = ("filter", "mangle", "nat")
+__all__ = ["Live", "LockHeld", "RestoreRefused", "ToolTables"]
 
 
 class Live(Protocol):
@@ -35,12 +34,18 @@ class Live(Protocol):
     def rules(self, places: Collection[Place]) -> dict[Place, Rules]:
         """Rules of those of these chains that are there."""
 
-    def counters(self, wanted: Callable[[str, str], bool]) -> list[Counted]:
-        """Counters of the rules of nat whose table and chain are wanted."""
+    def counters(self) -> Counts:
+        """Counters of every rule of our chains, by table and chain."""
+
+    def assert_jumps(self, jumps: Sequence[Jump]) -> None:
+        """Put rules at the head of built-in chains where they are missing.  Raises LockHeld, KernelError."""
+
+    def close(self) -> None:
+        """End what was started for this."""
 
 
 class ToolTables:
-    """Tables through iptables-save and iptables-restore."""
+    """Tables through iptables-save and iptables-restore, and in legacy python-iptables in a worker process."""
 
     def __init__(self, tools: Tools, *, lock_seconds: int) -> None:
         self.family = tools.family
@@ -48,12 +53,11 @@ class ToolTables:
         self.tools = tools
         self.name = str(tools)
         self._lock_seconds = lock_seconds
+        self._reader: Reader | None = None
 
     def read(self, keep: Collection[str] = ()) -> Listing:
         wanted = {*KEPT_WHOLE, *keep}
-        return xtables.save(
-            self.tools, lambda lines: read(lines, ours=shown, keep=wanted), tables=READ_TABLES
-        )
+        return xtables.save(self.tools, lambda lines: read(lines, ours=shown, keep=wanted))
 
     def restore(self, text: str, sections: Sequence[Section]) -> None:
         xtables.restore(self.tools, text, self._lock_seconds)
@@ -73,13 +77,18 @@ class ToolTables:
                 found[place] = rules
         return found
 
-    def counters(self, wanted: Callable[[str, str], bool]) -> list[Counted]:
-        return xtables.save(
-            self.tools,
-            lambda lines: [item for item in counters(lines) if wanted(item.table, item.chain)],
-            tables=("nat",),
-            counters=True,
-        )
+    def _asked(self) -> Reader:
+        if self._reader is None:
+            self._reader = reader(self.tools, self._lock_seconds)
+        return self._reader
 
+    def counters(self) -> Counts:
+        return self._asked().counters()
 
-Lives = Mapping[Family, Live]
+    def assert_jumps(self, jumps: Sequence[Jump]) -> None:
+        self._asked().assert_jumps(jumps)
+
+    def close(self) -> None:
+        if self._reader is not None:
+            self._reader.close()
+            self._reader = None

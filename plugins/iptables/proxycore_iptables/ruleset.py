@@ -13,7 +13,7 @@ from .listing import Listing
 from .normal import normal
 from .program import Present, Section
 from .render import render
-from .rules import MARKER, SERVICES, SHARED, Entry, Frame, Jump, Place, Rules, ServiceRules, TableName
+from .rules import MARKER, SERVICES, SHARED, Entry, Frame, Jump, Place, Rule, Rules, ServiceRules, TableName
 from .shape import Features, Options, Shape, shape_of
 
 GUARDED = Place("filter", "KUBE-FIREWALL")
@@ -28,8 +28,7 @@ States = dict[ServicePortName, ServiceState]
 class Ruleset:
     """What this backend remembers of one family.
 
-    `states`: what is in force.  `present`: marks of the chains in the kernel, ours and kube-proxy's, by table.  `ensured`: rules
-    that lead to us and are there; `stale`: those that lead to chains of kube-proxy's that are not wanted.  `used`: our
+    `states`: what is in force.  `present`: marks of the chains in the kernel, ours and kube-proxy's, by table.  `used`: our
     chains that rules of others lead to.  `doubtful`: `present` may be wrong, and the kernel is to be read first.
     `unsettled`: it was read, and what was found has not been compared with what should be.
     """
@@ -40,13 +39,12 @@ class Ruleset:
         self._features = features
         self.states: States = {}
         self.present: Present = {table: {} for table in ALL_TABLES}
-        self.ensured: set[Jump] = set()
+        self._leading: dict[tuple[TableName, str, Rule], Jump] = {}
+        """Rules that lead to chains of ours, or may: table, chain and normal form, with their words."""
         self.has_guarded = False
-        self.stale: tuple[Jump, ...] = ()
         self.used: frozenset[tuple[TableName, str]] = frozenset()
         self.doubtful = True
         self.unsettled = True
-        self._learned = Listing()
         self._is_learned_old = False
         self.shape: Shape | None = None
         self.frame = Frame({}, {}, ())
@@ -124,38 +122,32 @@ class Ruleset:
             self.present[table] = {name: self._same.get(mark, mark) for name, mark in marks.items()}
         self.has_guarded = self.present[GUARDED.table].pop(GUARDED.chain, None) is not None
         self.used = frozenset((table, chain) for table in ALL_TABLES for chain in listing.table(table).users)
-        self.ensured, self.stale = set(), ()
-        self._learned = listing
+        self._leading = {}
+        for table in ALL_TABLES:
+            for chain, rules in listing.table(table).built_in.items():
+                self.put(Jump(table, chain, rule) for rule in rules if "KUBE-" in rule)
+        guards = listing.table(GUARDED.table).rules.get(GUARDED.chain, ())
+        self.put(Jump(GUARDED.table, GUARDED.chain, rule) for rule in guards)
         self._is_learned_old = False
         self.doubtful = False
         self.unsettled = True
 
-    def compare_jumps(self, framed: Frame) -> None:
-        """Find out which of the rules that lead to us are there, and which lead where nothing is wanted any more."""
-        if self._is_learned_old:
-            after = set(ensured_rules(framed))
-            self.stale = (*self.stale, *(self.ensured - after))
-            self.ensured &= after
-            return
-        listing = self._learned
-        wanted = {(j.table, j.chain, normal(j.rule)): j for j in ensured_rules(framed)}
-        found: set[Jump] = set()
-        stale: list[Jump] = []
-        for table in ALL_TABLES:
-            for chain, rules in listing.table(table).built_in.items():
-                for rule in rules:
-                    if "KUBE-" not in rule:
-                        continue
-                    known = wanted.get((table, chain, normal(rule)))
-                    if known is not None:
-                        found.add(known)
-                    elif is_kube_proxys(table, target_of(f"-A {chain} {rule}") or ""):
-                        stale.append(Jump(table, chain, rule))
-        for rule in listing.table(GUARDED.table).rules.get(GUARDED.chain, ()):
-            known = wanted.get((GUARDED.table, GUARDED.chain, normal(rule)))
-            if known is not None:
-                found.add(known)
-        self.ensured, self.stale = found, tuple(stale)
+    def has(self, jump: Jump) -> bool:
+        """Is this rule there, in whatever words?"""
+        return _key(jump) in self._leading
+
+    def missing(self, framed: Frame) -> list[Jump]:
+        """Rules that lead to us and are not there, in the order in which they are put there."""
+        return [jump for jump in ensured_rules(framed) if not self.has(jump)]
+
+    def stale(self, framed: Frame) -> list[Jump]:
+        """Rules of built-in chains that lead to chains of ours or kube-proxy's where nothing is wanted any more."""
+        wanted = {_key(jump) for jump in ensured_rules(framed)}
+        return [
+            jump
+            for key, jump in self._leading.items()
+            if key not in wanted and ours(jump.table, target_of(f"-A {jump.chain} {jump.rule}") or "")
+        ]
 
     def took(self, section: Section) -> None:
         """A section is in force."""
@@ -167,10 +159,14 @@ class Ruleset:
                 present[chain] = after
         if section.ensured or section.dropped:
             self._is_learned_old = True
-        self.ensured.update(section.ensured)
-        if section.dropped:
-            self.stale = tuple(jump for jump in self.stale if jump not in section.dropped)
+        for jump in section.dropped:
+            self._leading.pop(_key(jump), None)
+        self.put(section.ensured)
         self.has_guarded = self.has_guarded or any((j.table, j.chain) == GUARDED for j in section.ensured)
+
+    def put(self, jumps: Iterable[Jump]) -> None:
+        """These are there now."""
+        self._leading.update({_key(jump): jump for jump in jumps})
 
     def take_for_same(self, shown: int, meant: int) -> None:
         """The kernel shows a chain with that mark where ours is meant."""
@@ -178,6 +174,10 @@ class Ruleset:
 
 
 NOTHING = ServiceRules({}, {})
+
+
+def _key(jump: Jump) -> tuple[TableName, str, Rule]:
+    return jump.table, jump.chain, normal(jump.rule)
 
 
 def count(state: ServiceState | None) -> int:

@@ -19,7 +19,6 @@ from .ruleset import (
     NOTHING,
     Ruleset,
     count,
-    ensured_rules,
     entries_of,
     fixed_chains,
     framed_of,
@@ -60,8 +59,6 @@ class Work:
         self._wanted: set[str] = set()
         self._shared = ruleset.new_shared(self.frame) if self.whole else ruleset.shared
         self._stage()
-        if self.whole:
-            ruleset.compare_jumps(self.frame)
 
     # -- what is wanted --
 
@@ -254,8 +251,8 @@ class Work:
 
     def _ensure(self, draft: Draft) -> None:
         """Put rules that lead to us where they are missing, in order."""
-        for rule in ensured_rules(self.frame):
-            if rule.table != draft.table or rule in self._ruleset.ensured:
+        for rule in self._ruleset.missing(self.frame) if self.whole else ():
+            if rule.table != draft.table:
                 continue
             guarded = (rule.table, rule.chain) == GUARDED
             if guarded and not self._ruleset.has_guarded:
@@ -307,7 +304,7 @@ class Work:
     def _leave(self, draft: Draft, chains: Sequence[str]) -> None:
         """Take chains away; those that rules of others lead to stay, empty."""
         if self.whole:
-            for jump in self._ruleset.stale:
+            for jump in self._ruleset.stale(self.frame):
                 if jump.table == draft.table:
                     draft.drop(jump)
         for chain in chains:
