@@ -36,6 +36,7 @@ EXEMPT = frozenset({"KUBE-MARK-MASQ", "KUBE-SVC-PROXYCORE", "KUBE-PROXY-CANARY"}
 LARGEST_DENOMINATOR = 10_000
 """Of a chance: those of the kernel are this exact, so that what was meant can be told."""
 OTHER_PORT = 9
+LOOPBACK = "127.0.0.1"
 
 
 class Client(NamedTuple):
@@ -132,8 +133,18 @@ def _dialled(state: ServiceState, host: HostState) -> Iterator[tuple[str, int, s
                 yield address, frontend.port, protocol
 
 
+def _from_itself(state: ServiceState) -> Iterator[Probe]:
+    """The node dials its own loopback address."""
+    client = Client("localhost", LOOPBACK, None)
+    for frontend in state.frontends:
+        if frontend.address is None and state.name.family == "IPv4":
+            for port in (frontend.port, OTHER_PORT):
+                yield Probe(Packet(LOOPBACK, LOOPBACK, port, frontend.protocol.lower()), client)
+
+
 def probes_of(state: ServiceState, host: HostState) -> Iterator[Probe]:
     """Everything that is asked about one Service port."""
+    yield from _from_itself(state)
     dialled = list(dict.fromkeys(_dialled(state, host)))
     for client in clients_of(state, host):
         packets = [
@@ -174,9 +185,11 @@ class _Served(NamedTuple):
 
 
 class Model:
-    """What Services say, ready to be looked up."""
+    """What Services say, ready to be looked up.  `localhost`: node ports are at the loopback address, too."""
 
-    def __init__(self, states: Iterable[ServiceState], family: Family, host: HostState) -> None:
+    def __init__(
+        self, states: Iterable[ServiceState], family: Family, host: HostState, localhost: bool = False
+    ) -> None:
         self.host = host
         self.world = world_of(host)
         self.family = family
@@ -188,7 +201,8 @@ class Model:
             for state in states:
                 for frontend in state.frontends:
                     if (frontend.address is not None) == named:
-                        for address in served_addresses(frontend, family, host):
+                        at_loopback = [LOOPBACK] if localhost and frontend.address is None else []
+                        for address in (*served_addresses(frontend, family, host), *at_loopback):
                             place = address, frontend.port, frontend.protocol.lower()
                             self._frontends[place] = _Served(state, frontend)
         for state in states:
@@ -221,7 +235,7 @@ class Model:
     def _route(self, packet: Packet, frontend: Frontend) -> Route:
         if self._is_local_pod(packet):
             return frontend.routes.local_pod
-        return frontend.routes.node if packet.source in self.world.local else frontend.routes.outside
+        return frontend.routes.node if self.world.is_local(packet.source) else frontend.routes.outside
 
     def _is_local_pod(self, packet: Packet) -> bool:
         detect = self.host.detect_local
@@ -259,9 +273,11 @@ def _in_any(address: str, cidrs: Iterable[str]) -> bool:
     return any(value in ipaddress.ip_network(cidr) for cidr in cidrs)
 
 
-def expected(states: Sequence[ServiceState], family: Family, host: HostState) -> Meaning:
+def expected(
+    states: Sequence[ServiceState], family: Family, host: HostState, localhost: bool = False
+) -> Meaning:
     """What the rules of one family should mean; the model alone is asked."""
-    model = Model(states, family, host)
+    model = Model(states, family, host, localhost)
     return {str(probe): model.answer(probe) for probe in probes(states, family, host)}
 
 
@@ -344,7 +360,9 @@ def _words(value: object) -> str:
     return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
-def assert_means(text: str, states: Sequence[ServiceState], family: Family, host: HostState) -> None:
+def assert_means(
+    text: str, states: Sequence[ServiceState], family: Family, host: HostState, localhost: bool = False
+) -> None:
     """Rules mean what Services say."""
-    said = difference(actual(text, states, family, host), expected(states, family, host))
+    said = difference(actual(text, states, family, host), expected(states, family, host, localhost))
     assert not said, "\n".join(said[:20])

@@ -38,45 +38,24 @@ from proxycore.testing.states import (
 from proxycore_iptables.dispatch import Shared
 from proxycore_iptables.frame import frame
 from proxycore_iptables.render import render
-from proxycore_iptables.rules import SERVICES, SHARED, Entry, Place, Rules
+from proxycore_iptables.rules import SERVICES, Place
 from proxycore_iptables.shape import Features, Options, Shape, shape_of
 
 from .meaning import actual, assert_means, difference, expected
+from .written import chains_of, text_of
 
 FAMILIES: tuple[Family, Family] = ("IPv4", "IPv6")
-BUILT_IN = {
-    "filter": ("INPUT", "FORWARD", "OUTPUT"),
-    "nat": ("PREROUTING", "INPUT", "OUTPUT", "POSTROUTING"),
-}
 
 
 def assembled(states: Sequence[ServiceState], shape: Shape, tree_from: int | None) -> str:
-    """All rules of one family, as iptables-save would print them on a node where nobody else has any."""
-    whole = frame(shape)
-    chains: dict[Place, Rules] = dict(whole.chains)
-    entries: dict[Place, list[Entry]] = {place: [] for place in SHARED}
-    for state in states:
-        if state.name.family != shape.family:
-            continue
-        rules = render(state, shape)
-        for chain, content in rules.chains.items():
-            assert Place("nat", chain) not in chains
-            chains[Place("nat", chain)] = content
-        for place, made in rules.entries.items():
-            entries[place] += made
-    for place, found in entries.items():
-        shared = Shared(place, whole.tails.get(place, ()), tree_from if place == SERVICES else None)
-        shared.change((), found)
-        chains.update((Place(place.table, chain), content) for chain, content in shared.chains().items())
-    lines: list[str] = []
-    for table, built_in in BUILT_IN.items():
-        mine = {place.chain: rules for place, rules in chains.items() if place.table == table}
-        lines += [f"*{table}", *(f":{chain} ACCEPT [0:0]" for chain in built_in)]
-        lines += [f":{chain} - [0:0]" for chain in mine if chain not in built_in]
-        lines += [f"-A {jump.chain} {jump.rule}" for jump in reversed(whole.jumps) if jump.table == table]
-        lines += [f"-A {chain} {rule}" for chain, rules in mine.items() for rule in rules]
-        lines.append("COMMIT")
-    return "\n".join(lines)
+    """All rules of one family, the dispatch of nat as a tree from so many on."""
+    mine = [state for state in states if state.name.family == shape.family]
+    chains = chains_of(mine, shape)
+    shared = Shared(SERVICES, frame(shape).tails.get(SERVICES, ()), tree_from)
+    entries = [entry for state in mine for entry in render(state, shape).entries.get(SERVICES, ())]
+    shared.change((), entries)
+    chains.update((Place("nat", chain), rules) for chain, rules in shared.chains().items())
+    return text_of(chains)
 
 
 def check(
@@ -89,7 +68,8 @@ def check(
     tree_from: int | None = None,
 ) -> None:
     shape = shape_of(facts, family, options or Options(), Features(), comments=comments)
-    assert_means(assembled(states, shape, tree_from), states, family, facts)
+    localhost = shape.localhost_node_ports
+    assert_means(assembled(states, shape, tree_from), states, family, facts, localhost)
 
 
 # -- one by one --
@@ -302,11 +282,18 @@ def several(draw: st.DrawFn) -> tuple[Family, list[ServiceState]]:
 @settings(
     max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large]
 )
-@given(drawn=several(), facts=hosts(), comments=st.booleans(), tree_from=st.sampled_from([None, 1, 3]))
-def test_whatever_services_there_are(drawn, facts, comments, tree_from):
+@given(
+    drawn=several(),
+    facts=hosts(),
+    comments=st.booleans(),
+    tree_from=st.sampled_from([None, 1, 3]),
+    localhost=st.booleans(),
+)
+def test_whatever_services_there_are(drawn, facts, comments, tree_from, localhost):
     family, states = drawn
     event(f"detector: {facts.detect_local}")
-    check(states, facts, family, comments=comments, tree_from=tree_from)
+    options = Options(localhost_node_ports=localhost)
+    check(states, facts, family, options=options, comments=comments, tree_from=tree_from)
 
 
 def test_a_difference_is_seen():
