@@ -124,7 +124,9 @@ class IptablesBackend:
                     )
                 adopted.append(f"{ruleset.chains} of {whose} chains in {live.name}")
         self._rulesets = rulesets
-        self._leftovers = cleaning.leftovers(host, context) if context.takeover == "auto" else None
+        self._leftovers = cleaning.leftovers(host) if context.takeover == "auto" else None
+        if self._leftovers is not None:
+            adopted.append(f"{self._leftovers.told}, which go once ours are in force")
         return adopted
 
     @hookimpl

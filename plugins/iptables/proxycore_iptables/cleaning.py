@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from proxycore import kubechains
-from proxycore.api import BackendContext, Cleanup, HostState, KernelError
+from proxycore.api import Cleanup, HostState, KernelError
 from proxycore.kernel import xtables
 from proxycore.kernel.xtables import Tools
 from proxycore.kubechains import TableRules
@@ -15,6 +15,7 @@ from proxycore.kubechains import TableRules
 from . import counting
 from .frame import GUARD, frame
 from .host import Host
+from .reader import reader
 from .rules import MARKER
 from .shape import Features, Options, shape_of
 
@@ -23,10 +24,16 @@ _KUBELETS = frozenset({"KUBE-KUBELET-CANARY", "KUBE-IPTABLES-HINT"})
 
 
 class Leftovers:
-    """Chains of ours or kube-proxy's in the variant that is not used."""
+    """Chains of ours or kube-proxy's in the variant that is not used, or of a family that is not served.
+
+    `told`: what there is, a phrase.
+    """
 
     def __init__(self, found: Sequence[tuple[Tools, TableRules]]) -> None:
         self._found = found
+        self.told = ", ".join(
+            f"{len(rules.chains)} KUBE-* chains in {tools} {rules.table}" for tools, rules in found
+        )
 
     def remove(self) -> None:
         """Take them away.  Raises KernelError: what was not taken away stays."""
@@ -34,12 +41,12 @@ class Leftovers:
             xtables.restore(tools, kubechains.removal(rules))
 
 
-def leftovers(host: Host, context: BackendContext) -> Leftovers | None:
-    """What is in the other variant; None: nothing."""
+def leftovers(host: Host) -> Leftovers | None:
+    """What there is beside the tables of a host; None: nothing."""
     found = [
         (tools, rules)
         for tools in xtables.find()
-        if tools.variant != host.variant
+        if tools.variant != host.variant or tools.family not in host.tables
         for rules in _tables(tools)
     ]
     return Leftovers(found) if found else None
@@ -59,15 +66,31 @@ def clean_up() -> Cleanup:
         found = list(_tables(tools))
         if not any(rules.table == MARKER.table and MARKER.chain in rules.chains for rules in found):
             continue
-        # The mark goes last: whoever is killed on the way finds the rest by it.
-        for rules in sorted(found, key=lambda rules: rules.table == MARKER.table):
-            xtables.restore(tools, kubechains.removal(rules))
-            removed += kubechains.tell(rules, str(tools))
+        removed += _take(tools, found)
         if tools.family == "IPv4":
             removed += _take_guard(tools)
     if removed:
         removed += _take_counters()
     return Cleanup(removed=tuple(removed))
+
+
+def _take(tools: Tools, found: Sequence[TableRules]) -> Iterator[str]:
+    """The mark goes last, with the nat table: whoever is killed on the way finds the rest by it."""
+    if tools.variant == "legacy":
+        try:
+            asked = reader(tools, xtables.LOCK_SECONDS)
+        except KernelError:
+            # No python-iptables: the tools do it as well.
+            pass
+        else:
+            try:
+                yield from asked.cleanup()
+            finally:
+                asked.close()
+            return
+    for rules in sorted(found, key=lambda rules: rules.table == MARKER.table):
+        xtables.restore(tools, kubechains.removal(rules))
+        yield from kubechains.tell(rules, str(tools))
 
 
 def _take_counters() -> Iterator[str]:

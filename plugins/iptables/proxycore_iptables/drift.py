@@ -10,7 +10,7 @@ from proxycore.api import Drift, ServicePortName
 from .listing import Listing
 from .live import Live
 from .normal import normal
-from .rules import Jump, Rules, TableName, mark
+from .rules import MARKER, Jump, Rules, TableName, mark
 from .ruleset import ALL_TABLES, GUARDED, Ruleset, ours
 
 _SHOWN = 3
@@ -92,7 +92,12 @@ def _judged(
             found = by_service.setdefault(owner, _Found([], []))
             (found.changed if is_there else found.missing).append(chain)
         elif not is_there:
-            drift.append(Drift(service=None, what=f"{live.variant} {table}: chain {chain} is gone"))
+            who = (
+                ": kube-proxy takes it away, one is running beside this proxy"
+                if chain == MARKER.chain
+                else ""
+            )
+            drift.append(Drift(service=None, what=f"{live.variant} {table}: chain {chain} is gone{who}"))
         else:
             drift.append(
                 Drift(service=None, what=f"{live.variant} {table}: {_differing(chain, meant, shown)}")

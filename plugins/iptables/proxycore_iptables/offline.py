@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 
 from proxycore.api import (
     BackendContext,
@@ -13,29 +14,66 @@ from proxycore.api import (
     Operation,
     Probe,
 )
+from proxycore.kernel import xtables
+from proxycore.kernel.xtables import Tools
 
 from .host import Host
 from .listing import Listing
 from .program import Line, Piece
+from .reader import reader
 from .ruleset import Ruleset
 from .shape import Features, parse_options
 from .variant import choose
 from .work import Work
 
+PROBE_LOCK_SECONDS = 5
 _TOOL: dict[Family, str] = {"IPv4": "iptables-restore", "IPv6": "ip6tables-restore"}
 
 
+_OPTIONAL = frozenset({"nfacct", "MASQUERADE --random-fully"})
+"""Extensions that our rules can do without."""
+
+
 def probe(context: BackendContext) -> Probe:
-    """Which variant would be used, and what stands against it; nothing is changed."""
+    """Which variant would be used, and what stands against it; nothing is changed.
+
+    Legacy is asked by python-iptables, in a worker process for each family.
+    """
     try:
         options = parse_options(context.options)
         chosen = choose(context.families, options.variant)
     except (ConfigError, KernelError) as error:
         return Probe(problems=(str(error),))
-    warnings = tuple(
-        f"rules in the other variant are in force beside ours: {other}" for other in chosen.others
-    )
-    return Probe(warnings=warnings, facts={"iptables": chosen.variant, "chosen because": chosen.why})
+    problems: list[str] = []
+    warnings = [f"rules in the other variant are in force beside ours: {other}" for other in chosen.others]
+    lacking: dict[str, str] = {}
+    with ThreadPoolExecutor(len(chosen.tools)) as pool:
+        # A thread takes over the network namespace of the one that made it.
+        for tools, found in zip(
+            chosen.tools.values(), pool.map(_extensions, chosen.tools.values()), strict=True
+        ):
+            if isinstance(found, str):
+                (problems if xtables.missing_rights(chosen.variant) else warnings).append(found)
+                continue
+            lacking |= {name: why for name, why in found.items() if name in _OPTIONAL}
+            needed = {name: why for name, why in found.items() if name not in _OPTIONAL}
+            problems += [f"{tools} cannot use {name}: {why}" for name, why in needed.items()]
+    facts = {"iptables": chosen.variant, "chosen because": chosen.why}
+    if lacking:
+        facts["does without"] = ", ".join(sorted(lacking))
+    return Probe(problems=tuple(problems), warnings=tuple(warnings), facts=facts)
+
+
+def _extensions(tools: Tools) -> Mapping[str, str] | str:
+    """Matches and targets that cannot be used, by name with the reason; or why nobody could ask."""
+    try:
+        asked = reader(tools, PROBE_LOCK_SECONDS)
+        try:
+            return asked.probe()
+        finally:
+            asked.close()
+    except KernelError as error:
+        return f"what {tools} can do is not known: {error}"
 
 
 def render(context: BackendContext, batch: ChangeBatch) -> str:

@@ -76,6 +76,8 @@ def _choose(families: Sequence[Family], wanted: VariantChoice, tools: _Tools) ->
         raise KernelError(_missing(wanted, families, tools))
     if not complete:
         raise KernelError(_missing("nft", families, tools))
+    if wanted != "legacy" and "nft" in complete and (known := _at_home(families)) is not None:
+        return "nft", "the configuration says nft" if wanted == "nft" else known, {}
     seen: _Seen = {
         (variant, family): _look(tools.get((variant, family)), variant, family)
         for variant in _OTHER
@@ -116,6 +118,24 @@ def _choose(families: Sequence[Family], wanted: VariantChoice, tools: _Tools) ->
     if count["nft"]:
         return "nft", f"{count['nft']} rules are there, {count['legacy']} in iptables-legacy", seen
     return "nft", "there are no rules yet", seen
+
+
+def _at_home(families: Sequence[Family]) -> str | None:
+    """Why it is the nft variant, where that shows without counting rules, of which there may be hundreds of thousands.
+
+    None: it does not show.
+    """
+    if any(xtables.legacy_tables(family) != frozenset() for family in families):
+        return None
+    try:
+        with nftables.NfTables() as kernel:
+            chains = {name for family in families for _, name in kernel.chains(_NFT[family])}
+    except KernelError:
+        return None
+    hint = next((name for name in HINTS if name in chains), "")
+    if hint:
+        return f"the kubelet uses it (chain {hint})"
+    return "rules of Services are there, and none in iptables-legacy" if "KUBE-SERVICES" in chains else None
 
 
 def _missing(variant: Variant, families: Sequence[Family], tools: _Tools) -> str:
@@ -182,7 +202,7 @@ def _others(variant: Variant, families: Sequence[Family], tools: _Tools, seen: _
     """Phrases about what is in the variant that was not chosen."""
     for family in families:
         name = f"{_PREFIX[family]}-{variant}"
-        found = seen[variant, family]
+        found = seen.get((variant, family), Found())
         if (variant, family) not in tools:
             if found.tables:
                 yield f"{name} tables {', '.join(sorted(found.tables))}, and no {name}-save to read them"
