@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -411,8 +412,9 @@ def test_a_mode_without_a_backend_says_how_to_get_on(
     code, out, err = proxyctl("kube-proxy", f"--config={tmp_path}/c")
     assert (code, out) == (4, "")
     assert f"the mode ipvs stands for it (file ({tmp_path}/c:3)): " in err
-    assert "set PROXYCORE_BACKEND to mem" in err
-    assert "in the environment" in err
+    [names] = re.findall(r"set PROXYCORE_BACKEND to (.*) in the environment", err)
+    assert "mem" in names.split(" or ")
+    assert "ipvs" not in names
     assert err.count("\n") == 1
 
 

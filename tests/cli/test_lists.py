@@ -115,7 +115,7 @@ def test_cleanup_lists_what_it_removed(installed: Installed, proxyctl: Run) -> N
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["render", "--backend", "iptables", "."], "the iptables backend is not written yet"),
+        (["render", "--backend", "ipvs", "."], "the ipvs backend is not written yet"),
         (["run", "--backend", "ipvs", "--source", "file:."], "the ipvs backend is not written yet"),
         (["run", "--backend", "nobody", "--source", "file:."], "there is no such backend"),
         (["run", "--backend", "mem", "--source", "etcd:x"], "no such source (installed: file, kubernetes, "),
@@ -258,8 +258,7 @@ OURS = "---\napiVersion: proxycore.io/v1alpha1\nkind: ProxycoreConfiguration\n"
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("mode: ipvs\n", ["c.yaml: mode: ipvs: the ipvs backend is not written yet; available: mem"]),
-        ("", ["mode: not written, which means iptables: the iptables backend is not written yet"]),
+        ("mode: ipvs\n", ["c.yaml: mode: ipvs: the ipvs backend is not written yet; available: "]),
         (f"mode: nftables\n{OURS}backend: nobody\n", ["c.yaml: backend: nobody: there is no such backend"]),
         (f"{OURS}backend: mem\nsource: kubernetes\n", []),
         (f"{OURS}backend: mem\nsource: etcd\n", ["c.yaml: source: etcd: there is no such source"]),
@@ -277,6 +276,32 @@ def test_validate_names_a_choice_that_is_not_available(
     assert len(lines) == len(said) + 1
     for line, words in zip(lines, said, strict=False):
         assert line.startswith(f"proxyctl: warning: {words}")
+
+
+@pytest.mark.parametrize("given", ["", "mode: iptables\n", "mode: nftables\n"])
+def test_validate_has_no_word_about_modes_whose_backend_is_here(
+    given: str, proxyctl: Run, tmp_path: Path
+) -> None:
+    pytest.importorskip("proxycore_iptables")
+    file = tmp_path / "c.yaml"
+    file.write_text(HEAD + given)
+    assert proxyctl("config", "validate", file) == (0, "", f"{file}: valid\n")
+
+
+def test_validate_says_what_a_mode_that_is_not_written_means(
+    proxyctl: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("proxycore.config.resolve.DEFAULT_MODE", "ipvs")
+    file = tmp_path / "c.yaml"
+    file.write_text(HEAD)
+    code, out, err = proxyctl("config", "validate", file)
+    assert (code, out) == (0, "")
+    warning, valid = err.splitlines()
+    assert warning.startswith(
+        "proxyctl: warning: mode: not written, which means ipvs: the ipvs backend is not written yet; available: "
+    )
+    assert " mem" in warning
+    assert valid == f"{file}: valid"
 
 
 def test_errors_stand_one_a_line_with_what_is_unknown(proxyctl: Run, tmp_path: Path) -> None:
