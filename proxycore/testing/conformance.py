@@ -17,10 +17,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..backend import Capability
+from ..backend import BackendContext, Capability
+from ..model import FAMILIES, HostState
+from ..plugins import load_backend
 from .flows import Traffic
 from .lab import CLIENT_ADDRESSES, CLIENT_PLACES, NODE_NAME, Lab, Place, endpoint_place
 from .needs import flow_needs, scenario_needs
+from .netns import Namespace
 from .process import PROXYCTL, Manifests, ProxyProcess
 from .responder import join_host_port
 from .scenario import (
@@ -113,6 +116,16 @@ def unheld(
     if capabilities is not None and (missing := scenario_needs(scenario) - set(capabilities)):
         return f"needs {_words(missing)}"
     return None
+
+
+def problems(backend: str, options: Mapping[str, Any] | None = None) -> str:
+    """Why this host cannot carry an installed backend with these options, by the backend's own word; empty if it can."""
+    context = BackendContext(
+        host=HostState(node_name=NODE_NAME), families=FAMILIES, options=dict(options or {})
+    )
+    loaded = load_backend(backend)
+    with Namespace("probe") as namespace:
+        return "; ".join(namespace.call(lambda: loaded.probe(context)).problems)
 
 
 def run_scenario(

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import json
-import sys
 from functools import cache
 
 import pytest
 
 from proxycore.plugins import list_plugins
-from proxycore.testing import netns
-from proxycore.testing.conformance import VARIANTS, run_scenario, unheld
+from proxycore.testing.conformance import VARIANTS, problems, run_scenario, unheld
 from proxycore.testing.scenario import load
 
 BACKENDS = [
@@ -18,14 +15,10 @@ BACKENDS = [
     for listed in list_plugins()
     if listed.facts is None or listed.facts.state == "available"
 ]
-RUNS = [
-    (backend, options, f"{backend}-{variant}" if variant else backend)
-    for backend in BACKENDS
-    for variant, options in VARIANTS.get(backend, {"": None}).items()
-]
+RUNS = [(backend, variant) for backend in BACKENDS for variant in VARIANTS.get(backend, [""])]
 PAIRS = [
-    pytest.param(scenario, backend, options, id=f"{name}-{scenario.id}")
-    for backend, options, name in RUNS
+    pytest.param(scenario, backend, variant, id="-".join(filter(None, (backend, variant, scenario.id))))
+    for backend, variant in RUNS
     for scenario in load()
     if unheld(scenario, backend) is None
 ]
@@ -34,20 +27,15 @@ pytestmark = pytest.mark.root
 
 
 @cache
-def problems(backend: str) -> str:
-    """Why this host cannot carry a backend, by the backend's own word; empty if it can."""
-    with netns.Namespace("probe") as namespace:
-        argv = [sys.executable, "-m", "proxycore", "backends", "--probe", "-o", "json"]
-        done = namespace.run(argv, check=False)
-    (found,) = (entry for entry in json.loads(done.stdout) if entry["name"] == backend)
-    return "" if found["state"] == "fit" else "; ".join(found["problems"]) or found["summary"]
+def unfit(backend: str, variant: str) -> str:
+    return problems(backend, VARIANTS.get(backend, {}).get(variant))
 
 
-@pytest.mark.parametrize(("scenario", "backend", "options"), PAIRS)
-def test_scenario(scenario, backend, options):
-    if reason := problems(backend):
+@pytest.mark.parametrize(("scenario", "backend", "variant"), PAIRS)
+def test_scenario(scenario, backend, variant):
+    if reason := unfit(backend, variant):
         pytest.skip(f"{backend}: {reason}")
-    report = run_scenario(scenario, backend, options=options)
+    report = run_scenario(scenario, backend, options=VARIANTS.get(backend, {}).get(variant))
     assert report.passed, str(report)
 
 

@@ -12,6 +12,7 @@ import pytest
 
 from proxycore.testing.clients import Call, Clients, ask, connected, pod_call, wait_until, who
 from proxycore.testing.cluster import Cluster
+from proxycore.testing.conformance import problems
 from proxycore.testing.lab import Lab
 from proxycore.testing.process import ProxyProcess
 
@@ -94,6 +95,9 @@ def is_served(lab: Lab) -> bool:
 
 @pytest.mark.parametrize(("there", "back"), list(itertools.permutations(RUNS, 2)))
 def test_from_one_to_another_and_back(cluster, lab, streams, there, back):
+    for name in (there, back):
+        if reason := problems(*RUNS[name]):
+            pytest.skip(f"{name}: {reason}")
     with running(cluster, there):
         wait_until(lambda: is_served(lab), cluster.said)
         streams(CALLS)

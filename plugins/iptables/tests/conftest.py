@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
 
+from proxycore.testing.conformance import problems
 from proxycore.testing.netns import Namespace
 
 from .node import Node
@@ -15,7 +17,16 @@ from .node import Node
 @pytest.fixture(params=["legacy", "nft"])
 def variant(request: pytest.FixtureRequest) -> str:
     """Of iptables."""
-    return str(request.param)
+    variant = str(request.param)
+    if request.node.get_closest_marker("root") and (reason := unfit(variant)):
+        pytest.skip(reason)
+    return variant
+
+
+@cache
+def unfit(variant: str) -> str:
+    """Why this host cannot carry the variant; empty if it can."""
+    return problems("iptables", {"variant": variant})
 
 
 @pytest.fixture
