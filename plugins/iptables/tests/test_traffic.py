@@ -249,7 +249,8 @@ def test_killed_at_any_moment_and_started_again(cluster, lab, variant, streams):
         for turn in range(8):
             # Every other one finds rules that it must write anew.
             values = {"iptables": {"masqueradeBit": 14 + turn // 2 % 2}}
-            cluster.configure("iptables", {"variant": variant, "treeFrom": 1 + turn % 4}, values)
+            options = {"variant": variant, "treeFrom": 1 + turn % 4, "chainsPerRestore": 3}
+            cluster.configure("iptables", options, values)
             with cluster.proxy() as proxy:
                 if turn % 2:
                     await_in_force(cluster, variant)
