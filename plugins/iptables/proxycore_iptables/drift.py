@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import NamedTuple
+
+import msgspec
 
 from proxycore.api import Drift, ServicePortName
 
@@ -16,9 +17,12 @@ from .ruleset import ALL_TABLES, GUARDED, Ruleset, ours
 _SHOWN = 3
 
 
-class _Found(NamedTuple):
-    missing: list[str]
-    changed: list[str]
+class _Found(msgspec.Struct):
+    """What is wrong with one Service port: chains that are gone or changed, shared chains that lack a rule of it."""
+
+    gone: list[str] = []
+    changed: list[str] = []
+    lacking: list[str] = []
 
 
 def compare(ruleset: Ruleset, live: Live, listing: Listing) -> tuple[list[Drift], list[Jump]]:
@@ -70,41 +74,46 @@ def _judged(
     suspects: list[tuple[TableName, str]],
     expected: Mapping[TableName, Mapping[str, int]],
 ) -> list[Drift]:
-    owners = ruleset.owners()
+    """What is wrong with chains whose marks differ; those whose rules mean what was written are taken for the same."""
+    there = {chain for table, chain in suspects if chain in ruleset.present[table]}
+    texts = live.read(there) if there else Listing()
+    owners, entries = ruleset.owners()
     wanted = ruleset.wanted_chains()
-    there = [(table, chain) for table, chain in suspects if chain in ruleset.present[table]]
-    texts = live.read({chain for _, chain in there}) if there else Listing()
     by_service: dict[ServicePortName, _Found] = {}
     drift: list[Drift] = []
-    own: dict[ServicePortName, Mapping[str, Rules]] = {}
     for table, chain in suspects:
         owner = owners.get(chain) if table == "nat" else None
-        meant = wanted.get((table, chain))
-        if meant is None and owner is not None:
-            meant = own.setdefault(owner, ruleset.rules_of(owner).chains)[chain]
-        shown = texts.table(table).rules.get(chain)
-        is_there = chain in ruleset.present[table]
-        if shown is not None and meant is not None and _is_same(shown, meant, expected[table][chain]):
+        meant = ruleset.rules_of(owner).chains[chain] if owner is not None else wanted.get((table, chain), ())
+        shown = texts.table(table).rules.get(chain) if chain in ruleset.present[table] else None
+        if shown is not None and _is_same(shown, meant, expected[table][chain]):
             ruleset.take_for_same(mark(shown), expected[table][chain])
             ruleset.present[table][chain] = expected[table][chain]
-            continue
-        if owner is not None:
-            found = by_service.setdefault(owner, _Found([], []))
-            (found.changed if is_there else found.missing).append(chain)
-        elif not is_there:
-            who = (
-                ": kube-proxy takes it away, one is running beside this proxy"
-                if chain == MARKER.chain
-                else ""
-            )
-            drift.append(Drift(service=None, what=f"{live.variant} {table}: chain {chain} is gone{who}"))
+        elif owner is not None:
+            found = by_service.setdefault(owner, _Found())
+            (found.gone if shown is None else found.changed).append(chain)
         else:
-            drift.append(
-                Drift(service=None, what=f"{live.variant} {table}: {_differing(chain, meant, shown)}")
-            )
-    for name, found in by_service.items():
-        drift.append(Drift(service=name, what=f"{live.variant} nat: {_told(found)}"))
-    return drift
+            lacking = set(meant).difference(shown or ())
+            for rule in lacking & entries.keys():
+                by_service.setdefault(entries[rule], _Found()).lacking.append(chain)
+            told = _told_of_shared(ruleset, chain, meant, shown, lacking <= entries.keys())
+            drift += [Drift(service=None, what=f"{live.variant} {table}: {told}")] if told else []
+    services = [
+        Drift(service=name, what=f"{live.variant}: {_told(found)}") for name, found in by_service.items()
+    ]
+    return drift + services
+
+
+def _told_of_shared(
+    ruleset: Ruleset, chain: str, meant: Rules, shown: Rules | None, told_by_service: bool
+) -> str:
+    """What is wrong with a chain that is no single Service's; empty when the Services tell all of it."""
+    if shown is None:
+        if chain == MARKER.chain and ruleset.present["nat"]:
+            return f"chain {chain} is gone: kube-proxy takes it away, one is running beside this proxy"
+        return f"chain {chain} is gone"
+    if told_by_service and not set(shown).difference(meant) and len(shown) < len(meant):
+        return ""
+    return _differing(chain, meant, shown)
 
 
 def _is_same(shown: Rules, meant: Rules, written: int) -> bool:
@@ -114,7 +123,11 @@ def _is_same(shown: Rules, meant: Rules, written: int) -> bool:
 
 def _told(found: _Found) -> str:
     parts = []
-    for what, chains in (("gone", found.missing), ("changed", found.changed)):
+    for what, chains in (
+        ("gone", found.gone),
+        ("changed", found.changed),
+        ("its rules are not in", sorted(set(found.lacking))),
+    ):
         if chains:
             more = f" and {len(chains) - _SHOWN} more" if len(chains) > _SHOWN else ""
             parts.append(f"{what}: {', '.join(chains[:_SHOWN])}{more}")

@@ -109,9 +109,16 @@ class Ruleset:
             found.update({(place.table, name): rules for name, rules in shared.chains().items()})
         return found
 
-    def owners(self) -> dict[str, ServicePortName]:
-        """Whose each chain of the nat table is; costs as much as rendering all Services."""
-        return {chain: name for name in self.states for chain in self.rules_of(name).chains}
+    def owners(self) -> tuple[dict[str, ServicePortName], dict[Rule, ServicePortName]]:
+        """Whose each chain of the nat table is, and each rule in shared chains; costs as much as rendering all Services."""
+        chains: dict[str, ServicePortName] = {}
+        rules: dict[Rule, ServicePortName] = {}
+        for name in self.states:
+            found = self.rules_of(name)
+            chains.update(dict.fromkeys(found.chains, name))
+            for entries in found.entries.values():
+                rules.update({entry.rule: name for entry in entries})
+        return chains, rules
 
     # -- what is there --
 
