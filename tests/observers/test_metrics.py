@@ -17,7 +17,12 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.parser import text_string_to_metric_families
 
 from proxycore import apiclient
-from proxycore.backend import ApplyResult, BackendInfo
+from proxycore.backend import (
+    INVALID_DROPPED,
+    LOCALHOST_NODE_PORTS_ACCEPTED,
+    ApplyResult,
+    BackendInfo,
+)
 from proxycore.changes import UNKNOWN, ChangeBatch, ServiceChange, change
 from proxycore.config.gates import GATES
 from proxycore.metrics import build, families, plugin, requests
@@ -107,7 +112,9 @@ class Page:
 
     def __init__(self, mode: str) -> None:
         self.registry = Registry()
-        self.facts = facts()
+        # Only the backend of that mode has any.
+        counted = {INVALID_DROPPED: 5, LOCALHOST_NODE_PORTS_ACCEPTED: 7} if mode == "iptables" else {}
+        self.facts = facts(figures=counted)
         self.observer = plugin()
         self.conntrack = conntrack.plugin()
         self.servers = Servers(lambda: self.facts, self.registry, mode=lambda: mode, configz=dict)
@@ -186,6 +193,8 @@ KUBE_PROXY = {
     ),
     "kubeproxy_sync_proxy_rules_iptables_restore_failures_total": ("counter", F, None, ("iptables", "ipvs")),
     "kubeproxy_sync_proxy_rules_nftables_sync_failures_total": ("counter", F, None, ("nftables",)),
+    "kubeproxy_iptables_ct_state_invalid_dropped_packets_total": ("counter", set(), None, ("iptables",)),
+    "kubeproxy_iptables_localhost_nodeports_accepted_packets_total": ("counter", set(), None, ("iptables",)),
     "kubeproxy_conntrack_reconciler_sync_duration_seconds": ("histogram", F, DURATION, MODES),
     "kubeproxy_conntrack_reconciler_deleted_entries_total": ("counter", F, None, MODES),
     "kubeproxy_proxy_healthz_total": ("counter", {"code"}, None, MODES),
@@ -260,7 +269,7 @@ def test_every_metric_has_a_help_line_and_a_sample(page: Page):
 def declared(mode: str) -> dict[str, Family]:
     parts = (
         families.of_mode(families.RECORDED, mode),
-        families.PUBLISHED,
+        families.of_mode(families.PUBLISHED, mode),
         families.CONSTANT,
         families.REQUESTS,
         families.CONNTRACK,
@@ -302,8 +311,6 @@ def test_absent_metrics_of_kube_proxy_are_named_in_the_documentation():
         "kubeproxy_sync_proxy_rules_iptables_total",
         "kubeproxy_sync_proxy_rules_iptables_last",
         "kubeproxy_sync_proxy_rules_iptables_partial_restore_failures_total",
-        "kubeproxy_iptables_ct_state_invalid_dropped_packets_total",
-        "kubeproxy_iptables_localhost_nodeports_accepted_packets_total",
         "kubeproxy_sync_proxy_rules_nftables_cleanup_failures_total",
         "kubeproxy_nftables_localhost_nodeport_listeners",
         "kubeproxy_nftables_localhost_nodeport_listener_creation_failures_total",
@@ -418,6 +425,16 @@ def test_values_of_facts(page: Page):
         ("proxycore_info", build.version(), "nft", "nftables"): 1,
     }
     assert {key: series.get(key) for key in expected} == expected
+
+
+@pytest.mark.parametrize("mode", ["iptables"])
+def test_figures_of_the_backend(page: Page):
+    lines = page.text().splitlines()
+    assert "kubeproxy_iptables_ct_state_invalid_dropped_packets_total 5.0" in lines
+    assert "kubeproxy_iptables_localhost_nodeports_accepted_packets_total 7.0" in lines
+    page.facts = facts(figures={INVALID_DROPPED: 6})
+    assert "kubeproxy_iptables_ct_state_invalid_dropped_packets_total 6.0" in page.text().splitlines()
+    assert "localhost_nodeports" not in page.text()
 
 
 @pytest.mark.parametrize("mode", ["nftables"])
