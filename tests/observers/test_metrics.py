@@ -17,12 +17,7 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.parser import text_string_to_metric_families
 
 from proxycore import apiclient
-from proxycore.backend import (
-    INVALID_DROPPED,
-    LOCALHOST_NODE_PORTS_ACCEPTED,
-    ApplyResult,
-    BackendInfo,
-)
+from proxycore.backend import INVALID_DROPPED, LOCALHOST_NODE_PORTS_ACCEPTED, ApplyResult, BackendInfo
 from proxycore.changes import UNKNOWN, ChangeBatch, ServiceChange, change
 from proxycore.config.gates import GATES
 from proxycore.metrics import build, families, plugin, requests
