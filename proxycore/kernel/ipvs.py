@@ -16,13 +16,9 @@ from typing import NamedTuple
 
 from ..errors import KernelError
 from ..model import Protocol
-from .netlink import NetlinkSocket, attribute, nested, parse_attributes, text_of
+from .generic import GENLMSGHDR, NETLINK_GENERIC, family_number
+from .netlink import NetlinkSocket, attribute, nested, parse_attributes
 
-_NETLINK_GENERIC = 16
-_GENL_CONTROL = 16
-_GETFAMILY = 3
-_FAMILY_ID, _FAMILY_NAME = 1, 2
-_GENLMSGHDR = struct.Struct("=BBxx")
 _VERSION = 1
 _DEL_SERVICE, _GET_SERVICE = 3, 4
 _ATTR_SERVICE = 1
@@ -80,9 +76,9 @@ class Ipvs:
     """
 
     def __init__(self) -> None:
-        self._socket = NetlinkSocket(_NETLINK_GENERIC, timeout_seconds=30)
+        self._socket = NetlinkSocket(NETLINK_GENERIC, timeout_seconds=30)
         try:
-            self._family = self._find_family()
+            self._family = family_number(self._socket, "IPVS")
         except BaseException:
             self._socket.close()
             raise
@@ -93,25 +89,11 @@ class Ipvs:
     def __exit__(self, *_: object) -> None:
         self._socket.close()
 
-    def _find_family(self) -> int:
-        body = _GENLMSGHDR.pack(_GETFAMILY, 1) + attribute(_FAMILY_NAME, b"IPVS\0")
-        seq = self._socket.request(_GENL_CONTROL, body)
-        while True:
-            for reply in self._socket.receive():
-                if reply.seq != seq:
-                    continue
-                parts = (
-                    parse_attributes(reply.body[_GENLMSGHDR.size :]) if reply.type == _GENL_CONTROL else {}
-                )
-                if _FAMILY_NAME in parts and text_of(parts[_FAMILY_NAME]) == "IPVS":
-                    return int(_U16.unpack_from(parts[_FAMILY_ID])[0])
-                raise KernelError("the kernel does not say how to speak to its IPVS", errno=errnos.ENOENT)
-
     def servers(self) -> tuple[VirtualServer, ...]:
         """All virtual servers but those found by a firewall mark."""
         found = []
-        for entry in self._socket.dump(self._family, _GENLMSGHDR.pack(_GET_SERVICE, _VERSION)):
-            outer = parse_attributes(entry.body[_GENLMSGHDR.size :])
+        for entry in self._socket.dump(self._family, GENLMSGHDR.pack(_GET_SERVICE, _VERSION)):
+            outer = parse_attributes(entry.body[GENLMSGHDR.size :])
             parts = parse_attributes(outer.get(_ATTR_SERVICE, b""))
             if _FWMARK in parts or not {_AF, _PROTOCOL, _ADDRESS, _PORT} <= parts.keys():
                 continue
@@ -128,7 +110,7 @@ class Ipvs:
         packed = ip_address(server.address).packed
         family = socket.AF_INET6 if len(packed) == 16 else socket.AF_INET
         number = next(number for number, protocol in _NUMBERS.items() if protocol == server.protocol)
-        body = _GENLMSGHDR.pack(_DEL_SERVICE, _VERSION) + nested(
+        body = GENLMSGHDR.pack(_DEL_SERVICE, _VERSION) + nested(
             _ATTR_SERVICE,
             attribute(_AF, _U16.pack(family)),
             attribute(_PROTOCOL, _U16.pack(number)),
