@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import msgspec
 
-from proxycore.api import Endpoint, Frontend, FrontendKind, Pool, PoolName, ServiceState
+from proxycore.api import Endpoint, Frontend, FrontendKind, Pool, PoolName, Protocol, ServiceState
 
 from . import entries, fates
 from .entries import Entry, SetKind, SetName
@@ -34,10 +34,11 @@ class Unsupported(NamedTuple):
 
 
 class VirtualServer(msgspec.Struct, frozen=True, gc=False):
-    """A virtual server with its destinations, by address and port."""
+    """A virtual server with its destinations, by address and port; its protocol is nothing that the kernel knows."""
 
     server: Server
     destinations: Mapping[tuple[str, int], Destination]
+    protocol: Protocol
 
 
 class Objects(msgspec.Struct, frozen=True, gc=False):
@@ -179,7 +180,7 @@ class _Rendering:
                 endpoint.address,
             )
             self.entries[loop] = None
-        self.servers[key] = VirtualServer(server, destinations)
+        self.servers[key] = VirtualServer(server, destinations, self.state.name.protocol)
 
     def _scheduler(self, endpoints: tuple[Endpoint, ...]) -> str:
         chosen = self.shape.scheduler
