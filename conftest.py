@@ -6,6 +6,8 @@ import os
 
 import pytest
 
+pytest_plugins = ["proxycore.testing.uml.grouptests"]
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Under xdist, tests that need root run one after the other: they share the machine's kernel.
