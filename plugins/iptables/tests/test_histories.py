@@ -281,7 +281,7 @@ def without_comments(chains, foreign):
 
 TestHistories = Histories.TestCase
 TestHistories.settings = settings(
-    max_examples=60,
+    max_examples=30,
     stateful_step_count=25,
     deadline=None,
     phases=(Phase.generate, Phase.shrink),
