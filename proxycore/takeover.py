@@ -26,6 +26,7 @@ from .config.model import Takeover as Mode
 from .errors import InternalError, KernelError, ProxyError
 from .kernel import kubeproxy, presence
 from .kernel.kubeproxy import Census, Part
+from .kubechains import MARKER
 from .logs import Log
 from .model import HostState
 from .plugins import list_plugins, load_backend
@@ -99,7 +100,7 @@ class Takeover:
         Raises KernelError: there are some, and the mode is `refuse`.
         """
         try:
-            found = self._look()
+            found = self._look_at_all() if self._mode == "refuse" else self._look()
         except Exception as error:
             if self._mode == "refuse":
                 raise KernelError(
@@ -154,6 +155,16 @@ class Takeover:
         for reason in found.unread:
             self._once("kube-proxy's rules may be here unseen", reason)
         return found
+
+    def _look_at_all(self) -> Census:
+        """Also at what the backend in force would go on with, as long as it does not bear its mark."""
+        if "iptables" not in self._without:
+            return self._look()
+        found = kubeproxy.census(without=self._without - {"iptables"}, exclude_cidrs=self._exclude_cidrs)
+        marked = {tools for tools, rules in found.rules if rules.table == "nat" and MARKER in rules.chains}
+        return msgspec.structs.replace(
+            found, rules=tuple(item for item in found.rules if item[0] not in marked)
+        )
 
     def _once(self, message: str, reason: str) -> None:
         if reason not in self._said:

@@ -138,3 +138,21 @@ def test_from_kube_proxy_and_back(lab, cluster, streams, variant):
     assert clients.failures == []
     # Of this name kube-proxy leaves nothing that it does not know.
     assert kubelets - set(after.splitlines()) == {":KUBE-SVC-OFMYOWN -"}
+
+
+@pytest.mark.parametrize("where", VARIANTS)
+def test_refusing_to_adopt(lab, cluster, variant, where):
+    """Whichever variant holds kube-proxy's rules; ours are adopted all the same."""
+    cluster.configure("iptables", {"variant": variant}, more={"takeover": "refuse"})
+    sync_of_kube_proxy(lab, where, SERVICES, first=True)
+    before = {name: everything(lab, name) for name in VARIANTS}
+    with cluster.proxy() as proxy:
+        wait_until(lambda: proxy.ended() is not None, proxy.tail)
+        assert "status 1" in str(proxy.ended()), proxy.tail()
+        assert f"KUBE-* chains in iptables-{where} table nat" in proxy.tail()
+    assert {name: everything(lab, name) for name in VARIANTS} == before
+    for family in PREFIX:
+        load(lab.node, where, family, "*nat\n:KUBE-SVC-PROXYCORE - [0:0]\nCOMMIT\n")
+    with cluster.proxy() as proxy:
+        wait_until(lambda: "msg=synced" in cluster.said(), proxy.tail)
+        assert proxy.stop() is None, proxy.tail()

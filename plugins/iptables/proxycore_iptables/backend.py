@@ -101,6 +101,7 @@ class IptablesBackend:
         host = self._open_host(context, options)
         try:
             adopted = self._adopt(host, context, options)
+            host.prepare()
         except BaseException:
             host.close()
             raise

@@ -47,6 +47,8 @@ def leftovers(host: Host) -> Leftovers | None:
         (tools, rules)
         for tools in xtables.find()
         if tools.variant != host.variant or tools.family not in host.tables
+        # Whoever chose the variant has said that these cannot be read.
+        if not xtables.missing_rights(tools.variant)
         for rules in _tables(tools)
     ]
     return Leftovers(found) if found else None

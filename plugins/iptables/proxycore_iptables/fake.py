@@ -183,6 +183,8 @@ class FakeHost:
         self.watch = Watch(FakeStamps(self.tables.values()))
         return self
 
+    def prepare(self) -> None: ...
+
     def figures(self) -> Mapping[str, int]:
         return {}
 

@@ -37,6 +37,9 @@ class Host(Protocol):
     features: Mapping[Family, Features]
     watch: Watch
 
+    def prepare(self) -> None:
+        """Make what rules refer to; called before the first change.  Raises KernelError."""
+
     def figures(self) -> Mapping[str, int]:
         """Counts of the node as a whole."""
 
@@ -44,7 +47,7 @@ class Host(Protocol):
 
 
 class RealHost:
-    """This network namespace.  Making it makes named counters, and nothing else; raises KernelError: what is missing."""
+    """This network namespace.  Making it changes no rule and no counter; raises KernelError: what is missing."""
 
     def __init__(self, context: BackendContext, options: Options) -> None:
         chosen = choose(context.families, options.variant)
@@ -58,13 +61,16 @@ class RealHost:
         self._counting: counting.Counting | None = None
         if any(named.values()):
             self._counting = counting.Counting()
-            self._counting.ensure()
         liberal = is_liberal()
         self.features: Mapping[Family, Features] = {
             family: Features(random_fully=_knows_random_fully(tools), nfacct=named[family], liberal=liberal)
             for family, tools in chosen.tools.items()
         }
         self.watch = Watch(stamps(chosen.variant, context.families))
+
+    def prepare(self) -> None:
+        if self._counting is not None:
+            self._counting.ensure()
 
     def figures(self) -> Mapping[str, int]:
         if self._counting is None:
