@@ -579,3 +579,24 @@ def test_halves_of_a_full_batch_bring_the_node_facts():
     ledger.acknowledge(batch, rejected(batch), 0.0)
     half = ledger.batch(0.0)
     assert (text(half), half.full, half.host.after) == (["a"], True, host())
+
+
+@pytest.mark.parametrize("full", [True, False])
+def test_a_refusal_that_is_nobodys_fault_is_tried_again_as_it_was(full):
+    """However often: neither is anybody set aside, nor is a full batch cut in half, which would take Services away."""
+    ledger = Ledger() if full else ledger_with("old")
+    ledger.update(states("a", "b", "c"))
+    now = 0.0
+    sent = []
+    for _ in range(8):
+        batch = ledger.batch(now, full=full, reason="start")
+        sent.append(text(batch))
+        result = ApplyResult(generation=batch.generation, outcome="rejected", culprits=(), message="locked")
+        ledger.acknowledge(batch, result, now)
+        assert ledger.batch(now) is None, "no rest before the next try"
+        assert not ledger.quarantined
+        now += LONGEST_PAUSE_SECONDS
+    assert sent == [["a", "b", "c"]] * 8
+    batch = ledger.batch(now, full=full)
+    ledger.acknowledge(batch, applied(batch), now)
+    assert ledger.pending == frozenset()

@@ -26,7 +26,7 @@ from proxycore.api import (
 )
 from proxycore.cell import BackendCell, Cell
 from proxycore.dispatch import BackendRunner, ObserverRunner
-from proxycore.engine import Engine
+from proxycore.engine import PAUSE_MAX, Engine
 from proxycore.hookspecs import BackendSpec, ObserverSpec
 from proxycore.inbox import EngineSettings
 from proxycore.objects import (
@@ -213,6 +213,29 @@ def test_changes_during_a_batch_are_gathered_into_the_next(rig: Rig) -> None:
     by_name = {change.name: change for change in batch.changes}
     assert set(by_name) == {name_of("a"), name_of("b")}
     assert [e.address for e in by_name[name_of("a")].cluster.added] == ["10.0.0.1", "10.0.0.2"]
+
+
+def test_a_backend_that_asks_for_a_rest_gets_it_while_changes_gather(rig: Rig) -> None:
+    rig.put(service("a", "172.30.0.1"), Synced())
+    rig.backend.next()
+    rig.backend.answers.put(lambda batch: ApplyResult(generation=batch.generation, pause_seconds=60.0))
+    _wait_until(lambda: rig.engine.status.applied_total == 1)
+    rig.put(service("b", "172.30.0.2"))
+    _wait_until(lambda: name_of("b") in rig.engine._ledger.pending)
+    assert rig.engine._pause_seconds == PAUSE_MAX
+    assert rig.engine._may_start_at() == rig.engine._last_end + PAUSE_MAX
+    rig.engine._pause_seconds = 0.0
+    rig.put(service("c", "172.30.0.3"))
+    assert {change.name for change in rig.backend.next().changes} == {name_of("b"), name_of("c")}
+
+
+def test_figures_of_the_node_are_published(rig: Rig) -> None:
+    rig.put(service("a", "172.30.0.1"), Synced())
+    rig.backend.next()
+    rig.backend.accept()
+    for _ in range(5000):
+        rig.backend.verifications.put(Verification(checked=False, figures={"things": 7}))
+    _wait_until(lambda: rig.engine.status.figures == {"things": 7})
 
 
 def test_a_change_that_is_undone_meanwhile_is_never_sent(rig: Rig) -> None:
