@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno as errnos
 import socket
 import struct
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -46,7 +47,7 @@ _REQUEST, _ACK = 1, 4
 
 
 class _Config(messages.ipvsmsg):  # type: ignore[misc]
-    """pyroute2 has the timeouts as text of hexadecimal digits, which the kernel refuses."""
+    """pyroute2 takes the timeouts as text of hexadecimal digits, and the kernel refuses what it makes of them."""
 
     nla_map = tuple(
         (name, "uint32" if "TIMEOUT" in name else kind) for name, kind in messages.ipvsmsg.nla_map
@@ -153,17 +154,15 @@ class PlainKernel:
         return [_destination(entry) for entry in found]
 
     def timeouts(self) -> Timeouts:
-        request = _Config()
+        request = messages.ipvsmsg()
         request["cmd"], request["version"] = wire.GET_CONFIG, wire.VERSION
         try:
-            self._ipvs.marshal.msg_map[self._ipvs.prid] = _Config
             (found,) = self._ipvs.nlm_request(request, self._ipvs.prid, _REQUEST)
         except NetlinkError as error:
             raise _failed("read IPVS's timeouts", error) from error
-        finally:
-            self._ipvs.marshal.msg_map[self._ipvs.prid] = messages.ipvsmsg
+        texts = (found.get_attr(f"IPVS_CMD_ATTR_TIMEOUT_{kind}") for kind in ("TCP", "TCP_FIN", "UDP"))
         return Timeouts(
-            *(found.get_attr(f"IPVS_CMD_ATTR_TIMEOUT_{kind}") for kind in ("TCP", "TCP_FIN", "UDP"))
+            *(int.from_bytes(bytes.fromhex(text.replace(":", "")), sys.byteorder) for text in texts)
         )
 
     def set_timeouts(self, wanted: Timeouts) -> None:
