@@ -586,13 +586,11 @@ def test_a_refusal_that_is_nobodys_fault_is_tried_again_as_it_was(full):
     """However often: neither is anybody set aside, nor is a full batch cut in half, which would take Services away."""
     ledger = Ledger() if full else ledger_with("old")
     ledger.update(states("a", "b", "c"))
-    now = 0.0
-    sent = []
+    now, sent = 0.0, []
     for _ in range(8):
         batch = ledger.batch(now, full=full, reason="start")
         sent.append(text(batch))
-        result = ApplyResult(generation=batch.generation, outcome="rejected", culprits=(), message="locked")
-        ledger.acknowledge(batch, result, now)
+        ledger.acknowledge(batch, applied(batch, outcome="rejected", culprits=(), message="locked"), now)
         assert ledger.batch(now) is None, "no rest before the next try"
         assert not ledger.quarantined
         now += LONGEST_PAUSE_SECONDS
