@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from pyroute2 import IPVS, IPVSDest, IPVSService
+from pyroute2.netlink import genlmsg
 from pyroute2.netlink.exceptions import NetlinkError
 from pyroute2.netlink.generic import ipvs as messages
 
@@ -46,12 +47,10 @@ _PROTOCOLS = {number: protocol for protocol, number in wire.NUMBERS.items()}
 _REQUEST, _ACK = 1, 4
 
 
-class _Config(messages.ipvsmsg):  # type: ignore[misc]
-    """pyroute2 takes the timeouts as text of hexadecimal digits, and the kernel refuses what it makes of them."""
+class _Config(genlmsg):  # type: ignore[misc]
+    """pyroute2's own takes the timeouts as text of hexadecimal digits, and the kernel refuses what it makes of them."""
 
-    nla_map = tuple(
-        (name, "uint32" if "TIMEOUT" in name else kind) for name, kind in messages.ipvsmsg.nla_map
-    )
+    nla_map = tuple((name, "uint32" if "TIMEOUT" in name else "hex") for name, _ in messages.ipvsmsg.nla_map)
 
 
 def service_key(key: Key) -> IPVSService:

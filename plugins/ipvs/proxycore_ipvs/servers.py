@@ -104,7 +104,7 @@ class Destination(msgspec.Struct, frozen=True, gc=False):
 
 
 class Counters(NamedTuple):
-    """What a server or destination has seen since it was made."""
+    """What a server or destination has seen since it was made, as of up to two seconds ago."""
 
     connections: int = 0
     packets_in: int = 0

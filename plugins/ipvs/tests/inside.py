@@ -15,6 +15,12 @@ class Inside:
         self._namespace = namespace
         self._made = namespace.call(make)
 
+    def __enter__(self) -> Inside:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
     def __getattr__(self, name: str) -> Any:
         method = getattr(self._made, name)
         return lambda *args, **options: self._namespace.call(lambda: method(*args, **options))
