@@ -21,6 +21,7 @@ SECTIONS = {
     "engine": "from bytes to a batch, no kernel",
     "nft": "nf_tables: full load, one change, many changes, restart",
     "iptables": "iptables, both variants: full load, one change, what is written, connections",
+    "ipvs": "IPVS and ipset: batches beside pyroute2 and the tools",
     "memory": "resident memory",
     "startup": "from exec to programmed; the command line",
     "api": "an API server at the other end: start, one change, start without it",
