@@ -77,9 +77,17 @@ class Probe(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Started(msgspec.Struct, frozen=True, kw_only=True):
-    """What start() found.  `adopted`: state of a previous run was taken over, one line about it; None: nothing was there."""
+    """What start() found.
+
+    `adopted`: state of a previous run was taken over, one line about it; None: nothing was there.  `holds`: what of the parts
+    that BackendInfo.adopts names it goes on with, where that is decided at the start: names of iptables' tools, such as
+    `iptables-nft`.  `loopback_node_ports`: it serves node ports on loopback addresses, and what guards these against other
+    hosts is in force with the first full batch.
+    """
 
     adopted: str | None = None
+    holds: tuple[str, ...] = ()
+    loopback_node_ports: bool = False
 
 
 class Failure(msgspec.Struct, frozen=True, kw_only=True):

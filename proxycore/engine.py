@@ -101,6 +101,8 @@ class Engine:
         self._host_inputs: tuple[Node | None, tuple[ServiceCIDR, ...]] = (None, ())
         self._synced = False
         self._started = False
+        self.begun: Started | None = None
+        """What the backend found at its start; any thread may read it."""
         self._full_reason: str | None = "start"
         """Wanted, and not yet handed to the ledger."""
         self._start_at = 0.0
@@ -459,6 +461,7 @@ class Engine:
             ms=reply.seconds * 1e3,
         )
         self._started = True
+        self.begun = started
         self._adopted = started.adopted is not None
         assert self._host is not None
         for observer in self._observers:

@@ -72,8 +72,6 @@ class IptablesBackend:
         self._context: BackendContext | None = None
         self._counts = counts.Totals()
         self._verify_after = self._deep_after = 0.0
-        self._leftovers: cleaning.Leftovers | None = None
-        self._in_force = False
 
     # -- facts --
 
@@ -107,8 +105,11 @@ class IptablesBackend:
             raise
         self._opened, self._context, self._state = host, context, context.host
         self._counts = counts.Totals()
-        self._in_force = False
-        return Started(adopted="; ".join(adopted) or None)
+        return Started(
+            adopted="; ".join(adopted) or None,
+            holds=tuple(live.name for live in host.tables.values()),
+            loopback_node_ports=options.localhost_node_ports and "IPv4" in host.tables,
+        )
 
     def _adopt(self, host: Host, context: BackendContext, options: Options) -> list[str]:
         rulesets: dict[Family, Ruleset] = {}
@@ -125,9 +126,6 @@ class IptablesBackend:
                     )
                 adopted.append(f"{ruleset.chains} of {whose} chains in {live.name}")
         self._rulesets = rulesets
-        self._leftovers = cleaning.leftovers(host) if context.takeover == "auto" else None
-        if self._leftovers is not None:
-            adopted.append(f"{self._leftovers.told}, which go once ours are in force")
         return adopted
 
     @hookimpl
@@ -167,7 +165,6 @@ class IptablesBackend:
             return ApplyResult(
                 generation=batch.generation, outcome="rejected", culprits=(), message=str(error)
             )
-        self._in_force = self._in_force or batch.full
         rest = seconds if host.variant == "legacy" and seconds > REST_FROM_SECONDS else 0.0
         return ApplyResult(
             generation=batch.generation, failed=tuple(failed), operations=operations, pause_seconds=rest
@@ -220,7 +217,6 @@ class IptablesBackend:
     @hookimpl
     def proxycore_backend_verify(self, deep: bool) -> Verification:
         host = self._host()
-        self._clear_away()
         figures = host.figures()
         began = self._clock()
         doubts = any(ruleset.doubtful or ruleset.unsettled for ruleset in self._rulesets.values())
@@ -259,12 +255,6 @@ class IptablesBackend:
         ruleset.put(jumps)
         ruleset.unsettled = False
         return True
-
-    def _clear_away(self) -> None:
-        """What is in the other variant goes, once, when ours is in force."""
-        if self._leftovers is not None and self._in_force:
-            leftovers, self._leftovers = self._leftovers, None
-            leftovers.remove()
 
     @hookimpl
     def proxycore_backend_inspect(self, name: ServicePortName) -> tuple[KernelObject, ...]:
