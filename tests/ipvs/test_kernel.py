@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 
 import pytest
@@ -11,6 +10,7 @@ import pytest
 from proxycore.kernel import ipvs
 from proxycore.testing.lab import Lab
 from proxycore.testing.netns import Namespace
+from proxycore.testing.responder import join_host_port
 
 pytestmark = [pytest.mark.root, pytest.mark.ipvs]
 
@@ -36,9 +36,13 @@ COMMIT
 """
 
 
-@pytest.fixture
-def lab(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+@pytest.fixture(autouse=True)
+def _own_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XTABLES_LOCKFILE", str(tmp_path / "xtables.lock"))
+
+
+@pytest.fixture
+def lab():
     with Lab([80, 8080]) as made:
         yield made
 
@@ -113,20 +117,17 @@ def test_a_set_maps_a_frontend_to_the_mark_of_a_virtual_server(lab, version):
     node.sysctl({"ipv4/vs/conntrack": 1})
     node.run(["ipvsadm", "-A", "-f", str(MARK), *family, "-s", "rr"])
     for address in ENDPOINTS[version]:
-        target = f"[{address}]:8080" if family else f"{address}:8080"
-        node.run(["ipvsadm", "-a", "-f", str(MARK), *family, "-r", target, "-m"])
+        node.run(["ipvsadm", "-a", "-f", str(MARK), *family, "-r", join_host_port(address, 8080), "-m"])
 
     replies = [ask(lab, "other-node", OTHER_NODE[version], frontend, 80) for _ in range(4)]
-    assert [reply["by"] for reply in replies if reply["at"].endswith(":8080")] != []
-    assert {reply["at"].rpartition(":")[0].strip("[]") for reply in replies} == set(ENDPOINTS[version])
+    assert {reply["at"] for reply in replies} == {join_host_port(one, 8080) for one in ENDPOINTS[version]}
     # Masqueraded, as the connection's mark says.
-    assert OTHER_NODE[version] not in {reply["peer"].rpartition(":")[0].strip("[]") for reply in replies}
+    assert not any(reply["peer"].startswith(join_host_port(OTHER_NODE[version], 0)[:-1]) for reply in replies)
     # Another port is not ours, and goes where it would go anyway.
     assert ask(lab, "other-node", OTHER_NODE[version], frontend, 8080)["by"] == "world"
 
 
 def test_matches_targets_and_sets_of_the_design():
-    """Refused, if at all, by the kernel: iptables itself knows them all."""
     with Namespace("a") as a:
         for command in (
             ["create", "NP", "bitmap:port", "range", "0-65535", "skbinfo"],
@@ -137,7 +138,6 @@ def test_matches_targets_and_sets_of_the_design():
             ["create", "LOOP", "hash:ip,port,ip"],
         ):
             a.run(["ipset", *command])
-        lock = {**os.environ, "XTABLES_LOCKFILE": "/dev/null"}
         for rule in (
             "-t mangle -A PREROUTING -m conntrack --ctdir REPLY -j RETURN",
             "-t mangle -A PREROUTING -m conntrack --ctstate DNAT -j RETURN",
@@ -148,7 +148,4 @@ def test_matches_targets_and_sets_of_the_design():
             "-t nat -A POSTROUTING -m ipvs --ipvs -m set --match-set LOOP dst,dst,src -j MASQUERADE --random-fully",
             "-t filter -A FORWARD -m mark --mark 0x80000000/0x80000000 -j REJECT",
         ):
-            done = a.run(
-                ["env", f"XTABLES_LOCKFILE={lock['XTABLES_LOCKFILE']}", "iptables-legacy", *rule.split()]
-            )
-            assert (done.stderr, done.returncode) == ("", 0)
+            a.run(["iptables-legacy", *rule.split()])
