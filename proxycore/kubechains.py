@@ -12,7 +12,7 @@ from __future__ import annotations
 import itertools
 import re
 import shlex
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import msgspec
 
@@ -48,8 +48,19 @@ SHARED: Mapping[str, frozenset[str]] = {
 """Chains that are there once, by table."""
 MARKER = "KUBE-SVC-PROXYCORE"
 """An empty chain in nat by which proxycore's iptables backend says that a ruleset of these chains is its own."""
+LOCALNET_MARKER = "KUBE-SVC-LOCALNET"
+"""An empty chain in nat by which a run of proxycore remembers that it set `route_localnet`, which was 0 before."""
+KEPT_MARKERS = frozenset({LOCALNET_MARKER})
+"""Chains in nat that are no part of a ruleset and not left over either: whoever writes rules lets them be."""
+MARKERS = KEPT_MARKERS | {MARKER}
+"""Chains in nat that go last of all: whoever is killed on the way finds the rest by them."""
+TREE = "KUBE-SVC-TREE."
+"""So the names of chains begin that lead from KUBE-SERVICES to those of Services, through others of these maybe."""
+CHUNK = 1000
+"""So many chains iptables-nft takes away at once: what one input takes grows faster than the input."""
 _OF_SERVICES = re.compile(
-    r"KUBE-(?:SVC|SVL|SEP|FW|EXT|XLB)-[A-Z2-7]{16}|KUBE-SVC-TREE\.[0-9A-Za-z.]{1,14}|" + MARKER
+    r"KUBE-(?:SVC|SVL|SEP|FW|EXT|XLB)-[A-Z2-7]{16}|KUBE-SVC-TREE\.[0-9A-Za-z.]{1,14}|"
+    + "|".join(sorted(MARKERS))
 )
 """Chains of a Service port or endpoint, in nat; the rest of the name is a hash.  And those that proxycore adds."""
 _MARK_MASQ = "KUBE-MARK-MASQ"
@@ -189,12 +200,68 @@ def removal(rules: TableRules) -> str:
     """
     if rules.empty:
         return ""
-    gone, hollow = removed(rules), emptied(rules)
-    lines = [f"*{rules.table}"]
-    lines += (f":{name} - [0:0]" for name in (*gone, *hollow))
-    lines += (f"-D {rule[3:]}" for rule in rules.jumps)
+    gone = removed(rules)
+    return _text(rules.table, (*gone, *emptied(rules)), jumps=rules.jumps, gone=gone)
+
+
+_LEADING = {"KUBE-FW-": 0, "KUBE-EXT": 1, "KUBE-XLB": 1, "KUBE-SVC": 2, "KUBE-SVL": 2, "KUBE-SEP": 3}
+"""By the start of a name: chains lead to those of a higher number alone."""
+
+
+def removals(rules: TableRules, size: int | None = None) -> Iterator[str]:
+    """The same in inputs of about `size` chains, one after the other; None, or fewer chains: one input.
+
+    First the jumps go, and the rules of what is there once, so that no packet comes here any more; then chains, of which none
+    leads to one that went before; the markers last.  Whoever stops in between finds the rest by its names.
+    """
+    if rules.empty:
+        return
+    gone = removed(rules)
+    if size is None or len(gone) <= size:
+        yield removal(rules)
+        return
+    trees = [name for name in gone if name.startswith(TREE)]
+    services = [name for name in gone if _is_per_service(rules.table, name)]
+    apart = {*trees, *services}
+    shared = [name for name in gone if name not in apart and name not in MARKERS]
+    markers = [name for name in gone if name in MARKERS]
+    yield _text(rules.table, (*shared, *emptied(rules)), jumps=rules.jumps)
+    for chunk in _chunks(trees, size):
+        yield _text(rules.table, chunk)
+    services.sort(key=lambda name: _LEADING[name[:8]])
+    for chunk in _chunks((*trees, *services), size):
+        yield _text(rules.table, chunk, gone=chunk)
+    for chunk in (shared, markers):
+        if chunk:
+            yield _text(rules.table, chunk, gone=chunk)
+
+
+def _is_per_service(table: str, name: str) -> bool:
+    return name[:8] in _LEADING and name not in SHARED[table] and name not in MARKERS and TREE not in name
+
+
+def _chunks(names: Sequence[str], size: int) -> Iterator[Sequence[str]]:
+    return (names[start : start + size] for start in range(0, len(names), size))
+
+
+def _text(table: str, emptied: Iterable[str], *, jumps: Iterable[str] = (), gone: Iterable[str] = ()) -> str:
+    lines = [f"*{table}"]
+    lines += (f":{name} - [0:0]" for name in emptied)
+    lines += (f"-D {rule[3:]}" for rule in jumps)
     lines += (f"-X {name}" for name in gone)
     return "\n".join((*lines, "COMMIT", ""))
+
+
+def without_markers(rules: TableRules) -> TableRules:
+    """All but the markers."""
+    return msgspec.structs.replace(rules, chains=tuple(name for name in rules.chains if name not in MARKERS))
+
+
+def markers(rules: TableRules) -> TableRules:
+    """The markers alone."""
+    return msgspec.structs.replace(
+        rules, chains=tuple(name for name in rules.chains if name in MARKERS), jumps=()
+    )
 
 
 def is_at_work(rules: TableRules) -> bool:
@@ -213,8 +280,12 @@ def tell(rules: TableRules, where: str) -> Iterator[str]:
         yield f"{where} {rules.table}: rule {rule}"
     gone = removed(rules)
     shared = [name for name in gone if name in SHARED[rules.table]]
-    per_service = len(gone) - len(shared)
-    parts = [*shared, *([f"{per_service} of Services and endpoints"] if per_service else [])]
+    per_service = sum(name not in MARKERS for name in gone) - len(shared)
+    parts = [
+        *shared,
+        *sorted(MARKERS.intersection(gone)),
+        *([f"{per_service} of Services and endpoints"] if per_service else []),
+    ]
     if parts:
         yield f"{where} {rules.table}: chains {', '.join(parts)}"
     for name in emptied(rules):
