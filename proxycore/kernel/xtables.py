@@ -28,6 +28,7 @@ Variant = Literal["legacy", "nft"]
 
 READ_SECONDS = 120.0
 WRITE_SECONDS = 600.0
+HELP_SECONDS = 10.0
 LOCK_SECONDS = 10
 _PREFIX: dict[Family, str] = {"IPv4": "iptables", "IPv6": "ip6tables"}
 _LEGACY_NAMES: dict[Family, str] = {"IPv4": "ip_tables_names", "IPv6": "ip6_tables_names"}
@@ -66,7 +67,12 @@ class Tools(NamedTuple):
     command: str = ""
 
     def __str__(self) -> str:
-        return f"{_PREFIX[self.family]}-{self.variant}"
+        return name_of(self.variant, self.family)
+
+
+def name_of(variant: Variant, family: Family) -> str:
+    """How the tools for a variant and family are called, whether they are here or not: `iptables-nft`."""
+    return f"{_PREFIX[family]}-{variant}"
 
 
 def find(which: Callable[[str], str | None] = shutil.which) -> tuple[Tools, ...]:
@@ -141,6 +147,14 @@ def _listing(
     for table in tables:
         if table in there:
             yield from _lines(tools, (*options, "-t", table))
+
+
+def advice_for_unreadable(family: Family, table: str) -> str:
+    """What to do about a table of nf_tables that iptables-nft-save leaves out as incompatible, without a full stop."""
+    return (
+        f"somebody put rules there with nft; `nft -a list table {_NFT[family]} {table}` shows them and their handles, take "
+        f"them away (`nft delete rule {_NFT[family]} {table} CHAIN handle N`)"
+    )
 
 
 def _existing(tools: Tools) -> frozenset[str]:
@@ -227,6 +241,30 @@ def _there(tools: Tools, table: str, chain: str, said: str) -> bool:
         return (table, chain) in kernel.chains(_NFT[tools.family])
 
 
+def lacks(tools: Tools, kind: Literal["-m", "-j"], name: str, option: str) -> str:
+    """Why a match (`-m`) or target (`-j`) cannot be used, or not with this option; empty if it can.
+
+    By what the tool says when it is asked for help about it: for that it takes no lock, and neither makes nor reads a table,
+    but it asks the kernel whether the extension is there.  Raises KernelError: the tool could not be run.
+    """
+    if not tools.command:
+        raise KernelError(f"the program {tools} is not installed (package iptables)")
+    try:
+        done = subprocess.run(
+            [tools.command, kind, name, "--help"],
+            stdin=subprocess.DEVNULL, capture_output=True, timeout=HELP_SECONDS, check=False,
+        )  # fmt: skip
+    except OSError as error:
+        raise _cannot_run(tools.command, error) from error
+    except subprocess.TimeoutExpired as error:
+        raise KernelError(f"{tools.command} did not end within {HELP_SECONDS:g} s") from error
+    said = done.stderr.decode("utf-8", "replace")
+    if done.returncode or is_missing_module(said):
+        return _short(said)
+    known = option in done.stdout.decode("utf-8", "replace").split()
+    return "" if known else f"{name} has no option {option}"
+
+
 def restore(tools: Tools, text: str, lock_seconds: int = LOCK_SECONDS, *, test: bool = False) -> None:
     """Bring `--noflush` input into force, each of its tables in one step.
 
@@ -250,7 +288,7 @@ def restore(tools: Tools, text: str, lock_seconds: int = LOCK_SECONDS, *, test: 
         raise KernelError(f"{tools.restore} did not end within {WRITE_SECONDS:g} s and was killed") from error
     said = done.stderr.decode("utf-8", "replace")
     if done.returncode or (test and is_missing_module(said)):
-        if is_lock_held(said):
+        if is_lock_held(done.returncode, said):
             raise LockHeld(lock_seconds, xtlock.holders(), xtlock.path())
         raise _refused(tools, done.returncode, said, text)
 
@@ -314,7 +352,10 @@ _REFUSED = (
     # Of the kernel through the nft variant: `line 3: RULE_APPEND failed (Invalid argument): rule in chain X`.
     re.compile(r"^line (\d+): \w+ failed \("),
 )
-_HELD = "currently holding the xtables lock"
+_RESOURCE_PROBLEM = 4
+"""With which the tools end for the lock, and for much else."""
+_HELD = "currently holding the xtables lock. "
+_WAITING = "currently holding the xtables lock; "
 _NO_RIGHT = ("you must be root", "Operation not permitted")
 _MISSING = ("No chain/target/match by that name", "' is incompatible, use 'nft' tool", "does not exist")
 
@@ -328,9 +369,18 @@ def refused_lines(said: str) -> Iterator[int]:
                 break
 
 
-def is_lock_held(said: str) -> bool:
-    """Did a tool give up for the xtables lock?"""
-    return _HELD in said and "Fatal" not in said
+def is_lock_held(status: int, said: str) -> bool:
+    """Did a tool give up for the xtables lock?
+
+    Versions before 1.8.8 say that it is held while they wait as well (`lock; still 1s ...`), and may have it in the end.
+    """
+    lines = _meaningful(said)
+    return (
+        status == _RESOURCE_PROBLEM
+        and bool(lines)
+        and _HELD in lines[-1]
+        and next(refused_lines(said), None) is None
+    )
 
 
 def is_missing_module(said: str) -> bool:
@@ -348,8 +398,12 @@ def is_missing_chain(said: str) -> bool:
     return any(part in said for part in _MISSING)
 
 
-def _short(text: str) -> str:
-    lines = [
+def _meaningful(text: str) -> list[str]:
+    return [
         line.strip() for line in text.splitlines() if line.strip() and not line.startswith(("#", "Try `"))
     ]
+
+
+def _short(text: str) -> str:
+    lines = [line for line in _meaningful(text) if _WAITING not in line]
     return " / ".join(lines[:3])[:300] or "it said nothing"

@@ -103,29 +103,94 @@ def test_lines_that_are_named(said, lines):
 
 
 @pytest.mark.parametrize(
-    ("said", "held"),
+    ("status", "said", "held"),
     [
         # Up to 1.8.7 with -w, and without.
         (
+            4,
             "Another app is currently holding the xtables lock; still 1s 0us time ahead to have a chance to grab the lock...\n"
             "Another app is currently holding the xtables lock. Stopped waiting after 2s.\n",
             True,
         ),
         (
+            4,
             "Another app is currently holding the xtables lock. Perhaps you want to use the -w option?\n",
             True,
         ),
         (
+            4,
             "Can't lock /run/xtables.lock: Resource temporarily unavailable\n"
             "Another app is currently holding the xtables lock. Stopped waiting after 1s.\n",
             True,
         ),
-        ("Fatal: can't open lock file /run/xtables.lock: Permission denied\n", False),
-        ("iptables-restore: line 9 failed\n", False),
+        # The hint comes after it.
+        (
+            4,
+            "Another app is currently holding the xtables lock. Stopped waiting after 1s.\n\n"
+            "Try `iptables-restore -h' or 'iptables-restore --help' for more information.\n",
+            True,
+        ),
+        # They waited, had it in the end, and were refused for another reason.
+        (
+            1,
+            "Another app is currently holding the xtables lock; still 4s 0us time ahead to have a chance to grab the lock...\n"
+            "iptables-restore: line 9 failed\n",
+            False,
+        ),
+        (
+            4,
+            "Another app is currently holding the xtables lock; still 4s 0us time ahead to have a chance to grab the lock...\n"
+            "iptables-restore: line 9 failed\n",
+            False,
+        ),
+        (
+            2,
+            "Another app is currently holding the xtables lock; still 4s 0us time ahead to have a chance to grab the lock...\n"
+            'iptables-restore v1.8.4 (legacy): unknown option "--x"\nError occurred at line: 3\n'
+            "Try `iptables-restore -h' or 'iptables-restore --help' for more information.\n",
+            False,
+        ),
+        (
+            4,
+            "Another app is currently holding the xtables lock; still 4s 0us time ahead to have a chance to grab the lock...\n"
+            "iptables-restore: Memory allocation problem.\n",
+            False,
+        ),
+        # They waited, and were ended as they did.
+        (
+            4,
+            "Another app is currently holding the xtables lock; still 4s 0us time ahead to have a chance to grab the lock...\n",
+            False,
+        ),
+        # A comment in the input that says so.
+        (
+            2,
+            'iptables-restore v1.8.9 (legacy): unknown option "Another app is currently holding the xtables lock. x"\n'
+            "Error occurred at line: 3\n",
+            False,
+        ),
+        (4, "line 3: RULE_APPEND failed (Invalid argument): rule in chain X\n", False),
+        (4, "Fatal: can't open lock file /run/xtables.lock: Permission denied\n", False),
+        (1, "iptables-restore: line 9 failed\n", False),
+        (4, "", False),
     ],
 )
-def test_a_lock_that_is_held(said, held):
-    assert xtables.is_lock_held(said) is held
+def test_a_lock_that_is_held(status, said, held):
+    assert xtables.is_lock_held(status, said) is held
+
+
+def test_who_waited_for_the_lock_and_was_refused(tmp_path):
+    """What it said while it waited is no part of the reason."""
+    failing = tmp_path / "failing"
+    failing.write_text(
+        "#!/bin/sh\ncat >/dev/null\n"
+        'echo "Another app is currently holding the xtables lock; still 1s 0us time ahead..." >&2\n'
+        'echo "Bad argument \\`z\'" >&2\necho "Error occurred at line: 2" >&2\nexit 2\n'
+    )
+    failing.chmod(0o755)
+    with pytest.raises(RestoreRefused) as caught:
+        xtables.restore(legacy()._replace(restore=str(failing)), "*nat\n-A X z\nCOMMIT\n", 1)
+    assert (caught.value.line, caught.value.said) == (2, "Bad argument `z' / Error occurred at line: 2")
 
 
 def test_who_holds_a_file():

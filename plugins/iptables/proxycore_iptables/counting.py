@@ -19,13 +19,11 @@ from proxycore.kernel.netlink import (
     parse_attributes,
     text_of,
 )
-from proxycore.kernel.xtables import RestoreRefused, Tools
+from proxycore.kernel.xtables import Tools
 
-INVALID_DROPPED = "ct_state_invalid_dropped_pkts"
-"""Packets dropped because connection tracking calls them invalid."""
-LOCALHOST_ACCEPTED = "localhost_nps_accepted_pkts"
-"""First packets to node ports of loopback addresses."""
-NAMES = (INVALID_DROPPED, LOCALHOST_ACCEPTED)
+from .words import INVALID_COUNTER, LOCALHOST_COUNTER
+
+NAMES = (INVALID_COUNTER, LOCALHOST_COUNTER)
 
 _SUBSYSTEM = 7
 _NEW, _GET, _DELETE = (_SUBSYSTEM << 8 | kind for kind in (0, 1, 3))
@@ -85,20 +83,15 @@ class Counting:
 def problem(tools: Tools) -> str | None:
     """Why there can be no such counters here, in a sentence; None if there can.
 
-    Nothing is changed in the tables, but legacy makes the filter table.  Raises KernelError: the lock is another's, or the tool
-    cannot be run.
+    No table is made, changed or locked.  Raises KernelError: the tool cannot be run.
     """
     try:
         with Counting() as counting:
             counting.packets()
     except KernelError as error:
         return f"the kernel has no nfacct counters: {error}"
-    rule = f"-A FORWARD -m nfacct --nfacct-name {INVALID_DROPPED}"
-    try:
-        xtables.restore(tools, f"*filter\n{rule}\nCOMMIT\n", test=True)
-    except RestoreRefused as error:
-        return f"{tools} cannot count with nfacct: {error.said}"
-    return None
+    lack = xtables.lacks(tools, "-m", "nfacct", "--nfacct-name")
+    return f"{tools} cannot count with nfacct: {lack}" if lack else None
 
 
 def available(tools: Tools) -> bool:

@@ -40,7 +40,7 @@ _SMALL = 8
 class Shared:
     """A shared chain and the nodes below it, as they are and as a batch wants them.
 
-    `change` and `set_tail` add to the batch; `pending` is what is to be written; then `accept` says that it was, or
+    `change` adds to the batch; `pending` is what is to be written; then `accept` says that it was, or
     `give_up` that it was not.  What the chains hold depends on the set of entries, the tail and `tree_from` alone.
 
     Args: `tail`: rules after all entries.  `tree_from`: so many entries with an address form a tree; None: they never do.
@@ -60,6 +60,8 @@ class Shared:
         """
         gone, new = set(removed), set(added)
         gone, new = gone - new, new - gone
+        if not gone and not new:
+            return
         state = self._wanted
         gone_row, gone_tree = self._sorted(gone)
         new_row, new_tree = self._sorted(new)
@@ -68,10 +70,6 @@ class Shared:
             _root_changed(state.tree, gone_tree, new_tree),
             state.tail,
         )
-
-    def set_tail(self, tail: Rules) -> None:
-        """Put these after all entries."""
-        self._wanted = self._wanted._replace(tail=tail)
 
     def chains(self) -> dict[str, Rules]:
         """All chains as the batch wants them, by name: nodes, children first, then the root."""

@@ -8,7 +8,7 @@ from typing import Protocol
 
 from proxycore.api import INVALID_DROPPED, LOCALHOST_NODE_PORTS_ACCEPTED, BackendContext, Family, KernelError
 from proxycore.kernel import xtables
-from proxycore.kernel.xtables import RestoreRefused, Tools, Variant
+from proxycore.kernel.xtables import Tools, Variant
 
 from . import counting
 from .live import Live, ToolTables
@@ -16,23 +16,19 @@ from .shape import Features, Options
 from .stamp import stamps
 from .variant import choose
 from .watch import Watch
+from .words import INVALID_COUNTER, LOCALHOST_COUNTER
 
 LIBERAL = Path("/proc/sys/net/netfilter/nf_conntrack_tcp_be_liberal")
 _FIGURES = {
-    INVALID_DROPPED: counting.INVALID_DROPPED,
-    LOCALHOST_NODE_PORTS_ACCEPTED: counting.LOCALHOST_ACCEPTED,
+    INVALID_DROPPED: INVALID_COUNTER,
+    LOCALHOST_NODE_PORTS_ACCEPTED: LOCALHOST_COUNTER,
 }
 
 
 class Host(Protocol):
-    """The real one and the one of tests; belongs to the network namespace of the thread that made it.
-
-    `why`: why this variant, a phrase.  `others`: rules in the other variant, a phrase each.
-    """
+    """The real one and the one of tests; belongs to the network namespace of the thread that made it."""
 
     variant: Variant
-    why: str
-    others: tuple[str, ...]
     tables: Mapping[Family, Live]
     features: Mapping[Family, Features]
     watch: Watch
@@ -47,11 +43,11 @@ class Host(Protocol):
 
 
 class RealHost:
-    """This network namespace.  Making it changes no rule and no counter; raises KernelError: what is missing."""
+    """This network namespace.  Making it makes no table, rule or counter; raises KernelError: what is missing."""
 
     def __init__(self, context: BackendContext, options: Options) -> None:
         chosen = choose(context.families, options.variant)
-        self.variant, self.why, self.others = chosen.variant, chosen.why, chosen.others
+        self.variant = chosen.variant
         self.tools: Mapping[Family, Tools] = chosen.tools
         self.tables: Mapping[Family, Live] = {
             family: ToolTables(tools, lock_seconds=options.lock_seconds)
@@ -63,7 +59,9 @@ class RealHost:
             self._counting = counting.Counting()
         liberal = is_liberal()
         self.features: Mapping[Family, Features] = {
-            family: Features(random_fully=_knows_random_fully(tools), nfacct=named[family], liberal=liberal)
+            family: Features(
+                random_fully=not _lacks_random_fully(tools), nfacct=named[family], liberal=liberal
+            )
             for family, tools in chosen.tools.items()
         }
         self.watch = Watch(stamps(chosen.variant, context.families))
@@ -89,13 +87,9 @@ class RealHost:
             self._counting.close()
 
 
-def _knows_random_fully(tools: Tools) -> bool:
-    text = "*nat\n:PROXYCORE-PROBE - [0:0]\n-A PROXYCORE-PROBE -j MASQUERADE --random-fully\nCOMMIT\n"
-    try:
-        xtables.restore(tools, text, test=True)
-    except RestoreRefused:
-        return False
-    return True
+def _lacks_random_fully(tools: Tools) -> str:
+    """Why MASQUERADE has not this option; empty if it has, as in every kernel since 3.13."""
+    return xtables.lacks(tools, "-j", "MASQUERADE", "--random-fully")
 
 
 def is_liberal() -> bool:

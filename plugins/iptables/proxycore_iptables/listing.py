@@ -24,17 +24,14 @@ class TableListing(msgspec.Struct, frozen=True, kw_only=True):
     """One table.
 
     `marks`: our chains that are there, in the order of the listing, with `rules.mark` of what they hold.  `rules`: of
-    those chains that were to be kept, whosever they are.  `built_in`: rules of every built-in chain; `policies`: what
-    becomes of the rest there, ACCEPT or DROP.  `users`: our chains to which a rule in a chain of somebody else leads,
-    with the first such rule as an `-A` line.  `others`: chains that are neither ours nor built in.
+    those chains that were to be kept, whosever they are.  `built_in`: rules of every built-in chain.  `users`: our
+    chains to which a rule in a chain of somebody else leads, with the first such rule as an `-A` line.
     """
 
     marks: Mapping[str, int] = {}
     rules: Mapping[str, Rules] = {}
     built_in: Mapping[str, Rules] = {}
-    policies: Mapping[str, str] = {}
     users: Mapping[str, str] = {}
-    others: frozenset[str] = frozenset()
 
 
 class Listing(msgspec.Struct, frozen=True, kw_only=True):
@@ -58,11 +55,6 @@ class Listing(msgspec.Struct, frozen=True, kw_only=True):
     def users(self, table: str) -> Mapping[str, str]:
         """Our chains of a table that rules of others lead to, with such a rule."""
         return self.table(table).users
-
-    def has_chain(self, table: str, chain: str) -> bool:
-        """Is there a chain of this name, whosever it is?"""
-        found = self.table(table)
-        return chain in found.marks or chain in found.others or chain in found.built_in
 
     def rules(self, table: str, chain: str) -> Rules:
         """Rules of a chain that was to be kept, or of a built-in one; none when there is no such chain."""
@@ -127,22 +119,17 @@ class _Reader:
         self._marks: dict[str, int] = {}
         self._rules: dict[str, Rules] = {}
         self._built_in: dict[str, Rules] = {}
-        self._policies: dict[str, str] = {}
         self._users: dict[str, str] = {}
-        self._others: set[str] = set()
         self._chain = ""
         self._held: list[Rule] = []
 
     def declare(self, chain: str, policy: str) -> None:
         if policy != "-":
-            self._policies[chain] = policy
             self._built_in[chain] = ()
             return
         ours = self._ours(self.table, chain)
         if ours:
             self._marks[chain] = _EMPTY
-        else:
-            self._others.add(chain)
         if ours if self._keep is None else chain in self._keep:
             self._rules[chain] = ()
 
@@ -185,9 +172,7 @@ class _Reader:
             marks=self._marks,
             rules=self._rules,
             built_in=self._built_in,
-            policies=self._policies,
             users=self._users,
-            others=frozenset(self._others),
         )
 
 

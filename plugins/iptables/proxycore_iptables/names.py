@@ -6,40 +6,12 @@ A name holds 80 bits of a hash, so it need not be kept: nobody will see two Serv
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
 from hashlib import sha256
 
 from proxycore.api import Endpoint, ServicePortName
 
-CHAINS: Mapping[str, frozenset[str]] = {
-    "nat": frozenset(
-        {"KUBE-SERVICES", "KUBE-NODEPORTS", "KUBE-POSTROUTING", "KUBE-MARK-MASQ", "KUBE-PROXY-CANARY"}
-    ),
-    "filter": frozenset(
-        {
-            "KUBE-SERVICES",
-            "KUBE-EXTERNAL-SERVICES",
-            "KUBE-NODEPORTS",
-            "KUBE-FORWARD",
-            "KUBE-PROXY-FIREWALL",
-            "KUBE-PROXY-CANARY",
-        }
-    ),
-    "mangle": frozenset({"KUBE-PROXY-CANARY"}),
-}
-"""Chains that are there once, by table; ours and kube-proxy's alike.
-
-KUBE-FIREWALL is not among them: it is the kubelet's as well.
-"""
-
-_OF_SERVICES = ("KUBE-SVC-", "KUBE-SVL-", "KUBE-EXT-", "KUBE-FW-", "KUBE-SEP-", "KUBE-XLB-")
 _ALPHABET = "ABCDEFGHIJKLMNOPQRSTUVWXYZ234567"
 _PAIRS = tuple(first + second for first, second in itertools.product(_ALPHABET, repeat=2))
-
-
-def is_service_chain(name: str) -> bool:
-    """Would kube-proxy take a chain of nat with this name for one of a Service, and remove it when it knows no such Service?"""
-    return name.startswith(_OF_SERVICES)
 
 
 def text_of(name: ServicePortName) -> str:

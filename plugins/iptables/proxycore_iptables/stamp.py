@@ -50,14 +50,9 @@ class Stamp(msgspec.Struct, frozen=True, kw_only=True):
     tables: Mapping[tuple[Family, str], TableStamp] = {}
 
     def entries(self, family: Family, table: str) -> int | None:
-        """How many entries a legacy table has, see expected_entries(); None: there is none, or it is the nft variant."""
+        """How many entries a legacy table has, its own included; None: there is none, or it is the nft variant."""
         found = self.tables.get((family, table))
         return found.entries if found else None
-
-
-def expected_entries(*, built_in: int, user_chains: int, rules: int) -> int:
-    """Entries of a legacy table: each built-in chain has its policy, each other one a head and a return, the table an end."""
-    return built_in + 2 * user_chains + rules + 1
 
 
 class Stamps(Protocol):

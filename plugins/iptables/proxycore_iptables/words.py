@@ -30,7 +30,9 @@ _UNSAFE = re.compile(r"[^A-Za-z0-9_./:>\-\[\] ]")
 _PRINTED_BARE = re.compile(r"[A-Za-z0-9_-]+")
 _FOUR_IN_SIX = re.compile(r"::([0-9a-f]{1,4}):([0-9a-f]{1,4})")
 INVALID_COUNTER = "ct_state_invalid_dropped_pkts"
+"""Counts packets dropped because connection tracking calls them invalid."""
 LOCALHOST_COUNTER = "localhost_nps_accepted_pkts"
+"""Counts first packets to node ports of loopback addresses."""
 MASQUERADE = "-j KUBE-MARK-MASQ"
 
 

@@ -8,9 +8,10 @@ import random
 import pytest
 
 from proxycore.testing.netns import Namespace
-from proxycore_iptables.counting import LOCALHOST_ACCEPTED, Counting
+from proxycore_iptables.counting import Counting
 from proxycore_iptables.dispatch import LEVELS, TREE_PREFIX, Shared, edit
 from proxycore_iptables.rules import SERVICES, Entry
+from proxycore_iptables.words import LOCALHOST_COUNTER
 
 from .tables import VARIANTS, Tables
 
@@ -46,7 +47,7 @@ RULES = (
     "! -s 10.0.0.0/8 -d 10.96.0.1/32 -p udp -m udp --dport 53 -j T",
     '-s 192.0.2.0/24 -m comment --comment "a \\"quoted\\" one" -j T',
     "-p sctp -m sctp --dport 7 -j T",
-    f"-d 127.0.0.0/8 -p tcp -m tcp --dport 7 -m nfacct --nfacct-name  {LOCALHOST_ACCEPTED} -j T",
+    f"-d 127.0.0.0/8 -p tcp -m tcp --dport 7 -m nfacct --nfacct-name  {LOCALHOST_COUNTER} -j T",
     *(f"-d 10.96.0.{n}/32 -p tcp -m tcp --dport 80 -j T" for n in range(2, 20)),
 )
 
@@ -54,7 +55,7 @@ RULES = (
 def count():
     """Make the counter that one of the rules needs."""
     with Counting() as counting:
-        counting.ensure((LOCALHOST_ACCEPTED,))
+        counting.ensure((LOCALHOST_COUNTER,))
 
 
 def test_edits_take_every_kind_of_rule_out_and_put_it_back(tables):

@@ -5,13 +5,11 @@ from __future__ import annotations
 import base64
 import hashlib
 
-import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from proxycore.testing.states import endpoint, name_of
-from proxycore_iptables import dispatch, names
-from proxycore_iptables.rules import MARKER
+from proxycore_iptables import names
 
 WEB = name_of("svc1", "p80", namespace="ns1")
 
@@ -48,26 +46,3 @@ def test_variants_have_names_of_their_own():
 @given(st.text())
 def test_hash_is_the_head_of_base32_of_sha256(text):
     assert names.hashed(text) == base64.b32encode(hashlib.sha256(text.encode()).digest()).decode()[:16]
-
-
-@pytest.mark.parametrize(
-    "name",
-    [
-        "KUBE-SVC-XPGD46QRK7WJZT7O",
-        "KUBE-XLB-XPGD46QRK7WJZT7O",
-        "KUBE-SEP-XPGD46QRK7WJZT7O",
-        MARKER.chain,
-        f"{dispatch.TREE_PREFIX}0a00",
-    ],
-)
-def test_what_kube_proxy_would_remove(name):
-    assert names.is_service_chain(name)
-
-
-@pytest.mark.parametrize("name", ["KUBE-SERVICES", "KUBE-SVC", "KUBE-FIREWALL", "MY-KUBE-SVC-1", ""])
-def test_what_kube_proxy_would_leave(name):
-    assert not names.is_service_chain(name)
-
-
-def test_no_shared_chain_looks_like_one_of_a_service():
-    assert not any(names.is_service_chain(name) for chains in names.CHAINS.values() for name in chains)

@@ -10,7 +10,7 @@ from proxycore.errors import KernelError
 from proxycore.kernel import xtables
 from proxycore.testing.netns import Namespace
 from proxycore_iptables import stamp
-from proxycore_iptables.stamp import Stamp, expected_entries
+from proxycore_iptables.stamp import Stamp
 
 from .edge import load, run_with
 
@@ -87,10 +87,11 @@ def test_numbers_of_legacy_entries(namespace, watching):
         "COMMIT",
     )
     load(namespace, "ip6tables-legacy", "*nat", ":A - [0:0]", "-A OUTPUT -j A", "COMMIT")
+    # A built-in chain has its policy, another one a head and a return, the table an end.
     now = watch.read()
-    assert now.entries("IPv4", "nat") == expected_entries(built_in=4, user_chains=0, rules=0)
-    assert now.entries("IPv4", "filter") == expected_entries(built_in=3, user_chains=2, rules=3)
-    assert now.entries("IPv6", "nat") == expected_entries(built_in=4, user_chains=1, rules=1)
+    assert now.entries("IPv4", "nat") == 4 + 1
+    assert now.entries("IPv4", "filter") == 3 + 2 * 2 + 3 + 1
+    assert now.entries("IPv6", "nat") == 4 + 2 + 1 + 1
     # Asking makes no table.
     assert namespace.call(lambda: xtables.legacy_tables("IPv4")) == {"nat", "filter"}
     assert now.entries("IPv6", "filter") is None

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from proxycore.kubechains import SHARED, is_kube_proxys
 from proxycore.testing.clients import Call, Clients, ask, connected, pod_call, wait_until, who
 from proxycore.testing.cluster import Cluster
 from proxycore.testing.lab import LINKS, Lab
@@ -29,7 +30,6 @@ from proxycore.testing.states import (
     pool,
     service,
 )
-from proxycore_iptables.names import is_service_chain
 from proxycore_iptables.rules import MARKER
 
 from .node import Node
@@ -221,7 +221,11 @@ def in_force(cluster: Cluster, variant: str) -> bool:
 def left_over(lab: Lab, variant: str) -> set[str]:
     """Chains of endpoints and Services to which nothing leads."""
     unused = parse(lab.node.run([f"iptables-{variant}-save"]).stdout).unreachable("nat")
-    return {chain for chain in unused if is_service_chain(chain) and chain != MARKER.chain}
+    return {
+        chain
+        for chain in unused
+        if is_kube_proxys("nat", chain) and chain not in SHARED["nat"] and chain != MARKER.chain
+    }
 
 
 def await_in_force(cluster: Cluster, variant: str) -> None:
