@@ -89,6 +89,11 @@ class NetlinkKernel:
         self._socket = self._open()
         try:
             self._family = family_number(self._socket, "IPVS")
+        except TimeoutError as error:
+            self._socket.close()
+            raise KernelError(
+                "the kernel does not say whether it has IPVS", errno=errnos.ETIMEDOUT
+            ) from error
         except BaseException:
             self._socket.close()
             raise
