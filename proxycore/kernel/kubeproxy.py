@@ -7,7 +7,7 @@ leaves what the later ones need to find their part, so that one that was killed 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from ipaddress import ip_address, ip_network
 from typing import Literal
 
@@ -127,10 +127,13 @@ class Census(msgspec.Struct, frozen=True, kw_only=True):
         )
 
 
-def census(*, without: Collection[Part] = (), exclude_cidrs: Collection[str] = ()) -> Census:
+def census(
+    *, without: Collection[Part] = (), held: Collection[str] = (), exclude_cidrs: Collection[str] = ()
+) -> Census:
     """Look for what kube-proxy left in the network namespace of this thread.
 
-    `without`: parts that the backend in force owns itself.  `exclude_cidrs`: virtual servers on these addresses are
+    `without`: parts that the backend in force owns itself.  `held`: what it owns of the part `iptables`, by names of tools
+    such as `iptables-nft`.  `exclude_cidrs`: virtual servers on these addresses are
     somebody else's, as kube-proxy's `ipvs.excludeCIDRs` says.  Raises KernelError: netlink cannot be used here.
     """
     out_of_reach: list[str] = []
@@ -149,7 +152,7 @@ def census(*, without: Collection[Part] = (), exclude_cidrs: Collection[str] = (
                     if kubechains.is_kube_proxys(table, chain)
                 )
     if "iptables" not in without:
-        rules, out_of_reach, unread = _iptables(chains)
+        rules, out_of_reach, unread = _iptables(chains, held)
     servers, sets, link = _ipvs(exclude_cidrs) if "ipvs" not in without else ((), (), False)
     return Census(
         nft_tables=tuple(nft_tables),
@@ -163,7 +166,7 @@ def census(*, without: Collection[Part] = (), exclude_cidrs: Collection[str] = (
 
 
 def _iptables(
-    chains: Mapping[Family, frozenset[tuple[str, str]]],
+    chains: Mapping[Family, frozenset[tuple[str, str]]], held: Collection[str]
 ) -> tuple[list[tuple[Tools, TableRules]], list[str], list[str]]:
     """Rules that the tools can read; what they cannot is told in a sentence."""
     tools = {(found.variant, found.family): found for found in xtables.find()}
@@ -172,6 +175,8 @@ def _iptables(
     unread: list[str] = []
     for family in _NFT:
         for variant in _VARIANTS:
+            if xtables.name_of(variant, family) in held:
+                continue
             legacy = xtables.legacy_tables(family) if variant == "legacy" else frozenset()
             seen = {table for table, _ in chains.get(family, ())} if variant == "nft" else set()
             if not seen and legacy is not None and not legacy & kubechains.SHARED.keys():
@@ -195,7 +200,8 @@ def _iptables(
                 continue
             rules.extend((tool, found) for found in listing.tables)
             out_of_reach.extend(
-                f"KUBE-* chains in {tool} table {table}, which holds rules that iptables cannot read"
+                f"KUBE-* chains in {tool} table {table}, which holds rules that iptables cannot read: "
+                f"{xtables.advice_for_unreadable(family, table)}"
                 for table in listing.unreadable
                 if table in seen
             )
@@ -253,7 +259,7 @@ def remove_rules(found: Census, told: Told) -> None:
     """Take away rules and tables; `told` gets a line for each thing that is gone.
 
     Filter rules go first, so that nothing is refused any more that should work; then nf_tables' tables, then the other rules,
-    one commit a table.  Raises KernelError: the rest is still there; look again and go on.
+    one commit a table in legacy, in pieces with iptables-nft where there are many chains.  Raises KernelError: the rest is still there; look again and go on.
     """
     for tools, rules in found.rules:
         if rules.table == "filter":
@@ -309,11 +315,51 @@ def _release_flows(servers: Collection[VirtualServer], told: Told) -> None:
 
 
 def _remove_rules(tools: Tools, rules: TableRules, told: Told) -> None:
-    text = kubechains.removal(rules)
-    if text:
+    if rules.empty:
+        return
+    for text in kubechains.removals(rules, chunk_of(tools)):
         xtables.restore(tools, text)
-        for line in kubechains.tell(rules, str(tools)):
-            told(line)
+    for line in kubechains.tell(rules, str(tools)):
+        told(line)
+
+
+def chunk_of(tools: Tools) -> int | None:
+    """So many chains are to be taken away at once; None: all, for legacy writes the whole table each time."""
+    return None if tools.variant == "legacy" else kubechains.CHUNK
+
+
+def strangers(held: Collection[str]) -> frozenset[str]:
+    """Tools, of those that a backend of ours holds, whose rules are not ours any more: the marker is gone.
+
+    kube-proxy removes it with its first sync.  What cannot be read is none.
+    """
+    found: set[str] = set()
+    for tools in xtables.find():
+        if str(tools) not in held:
+            continue
+        chains = _legacy_nat(tools) if tools.variant == "legacy" else _nft_nat(tools.family)
+        if "KUBE-SERVICES" in chains and kubechains.MARKER not in chains:
+            found.add(str(tools))
+    return frozenset(found)
+
+
+_TELLING = ("KUBE-SERVICES", kubechains.MARKER)
+
+
+def _nft_nat(family: Family) -> frozenset[str]:
+    with nftables.NfTables() as kernel:
+        return frozenset(name for name in _TELLING if kernel.has_chain(_NFT[family], "nat", name))
+
+
+def _legacy_nat(tools: Tools) -> frozenset[str]:
+    if "nat" not in (xtables.legacy_tables(tools.family) or ()):
+        return frozenset()
+    declared = tuple(f":{name} " for name in _TELLING)
+
+    def read(lines: Iterable[str]) -> frozenset[str]:
+        return frozenset(line[1:].partition(" ")[0] for line in lines if line.startswith(declared))
+
+    return xtables.save(tools, read, tables=("nat",))
 
 
 def _remove_sets(names: Collection[str], told: Told) -> KernelError | None:

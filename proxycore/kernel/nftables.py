@@ -86,6 +86,19 @@ class NfTables:
             (table, chain) for table, chain in self._names(_GETCHAIN, family, _CHAIN_TABLE, _CHAIN_NAME)
         )
 
+    def has_chain(self, family: NftFamily, table: str, chain: str) -> bool:
+        """Is there a chain of this name?  However many there are, only this one is looked at."""
+        body = _NFGENMSG.pack(_PROTOCOLS[family], 0, 0)
+        body += attribute(_CHAIN_TABLE, table.encode() + b"\0") + attribute(
+            _CHAIN_NAME, chain.encode() + b"\0"
+        )
+        fault = self._socket.transact(_SUBSYSTEM << 8 | _GETCHAIN, body)
+        if fault is None:
+            return True
+        if fault.errno == errnos.ENOENT or fault.errno in _NO_NF_TABLES:
+            return False
+        raise KernelError(f"cannot look for chain {chain} in {family} {table}: {fault}", errno=fault.errno)
+
     def _names(self, kind: int, family: NftFamily, *wanted: int) -> list[tuple[str, ...]]:
         header = _NFGENMSG.pack(_PROTOCOLS[family], 0, 0)
         try:
