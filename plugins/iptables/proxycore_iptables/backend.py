@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 from proxycore.api import (
     ApplyResult,
@@ -32,7 +32,7 @@ from . import cleaning, counts, offline
 from .bring import Bringer
 from .drift import compare
 from .host import Host, RealHost
-from .live import Live
+from .live import Live, LockHeld
 from .program import Piece
 from .rules import Jump
 from .ruleset import Ruleset
@@ -49,11 +49,39 @@ SUMMARY = "netfilter rules in kube-proxy's own chains, written by iptables-resto
 REST_FROM_SECONDS = 0.1
 """A legacy commit that took longer is followed by a rest as long as it took, so that changes gather."""
 VERIFY_SHARE = 0.2
-"""While others keep changing rules, reading ours back takes at most this share of the time."""
+"""While others keep changing rules, reading ours back takes about this share of the time."""
 VERIFY_PAUSE_MAX = 10.0
+"""But what others change is found within this time and that of one reading."""
 DEEP_SHARE = 0.02
 DEEP_PAUSE_MIN = 30.0
 """Changes of others that keep the size of a legacy table show only when all is read: that is done as often as this allows."""
+
+
+class _Outcome:
+    """What became of a batch in both families: one that iptables refuses does not hold up the other."""
+
+    def __init__(self) -> None:
+        self.families = 0
+        self.operations = 0
+        self.failed: list[Failure] = []
+        self.unknown: list[ServicePortName] = []
+        self._messages: list[str] = []
+
+    def brought(self, bringer: Bringer) -> None:
+        self.families += 1
+        self.operations += bringer.operations
+        self.failed += [Failure(name=name, why=why) for name, why in bringer.failed.items()]
+        self.unknown += bringer.dropped
+        self._messages += bringer.dropped.values()
+
+    def refused(self, names: Iterable[ServicePortName], why: str) -> None:
+        self.unknown += names
+        self._messages += [why] if why else []
+
+    @property
+    def message(self) -> str:
+        """Why, of all that is not in force as it should be and no single Service's failure."""
+        return "; ".join(dict.fromkeys(self._messages))
 
 
 class IptablesBackend:
@@ -114,6 +142,7 @@ class IptablesBackend:
     def _adopt(self, host: Host, context: BackendContext, options: Options) -> list[str]:
         rulesets: dict[Family, Ruleset] = {}
         adopted: list[str] = []
+        looked = host.watch.look()
         for family, live in host.tables.items():
             ruleset = rulesets[family] = Ruleset(family, options, host.features[family])
             ruleset.learn(live.read())
@@ -125,6 +154,7 @@ class IptablesBackend:
                         "stop kube-proxy and run `kube-proxy --cleanup`, or start with --takeover auto"
                     )
                 adopted.append(f"{ruleset.chains} of {whose} chains in {live.name}")
+        host.watch.settle(looked)
         self._rulesets = rulesets
         return adopted
 
@@ -146,28 +176,36 @@ class IptablesBackend:
         host = self._host()
         if batch.host is not None:
             self._state = batch.host.after
-        failed: list[Failure] = []
-        operations = 0
-        seconds = 0.0
-        try:
-            for family, ruleset in self._rulesets.items():
-                changes = {c.name: c.after for c in batch.changes if c.name.family == family}
-                if not (changes or batch.full or batch.host is not None or ruleset.doubtful):
-                    continue
-                began = self._clock()
-                bringer = self._bring(host, family, ruleset, changes, full=batch.full)
-                if bringer.operations:
-                    seconds += self._clock() - began
-                operations += bringer.operations
-                failed += [Failure(name=name, why=why) for name, why in bringer.failed.items()]
-        except KernelError as error:
-            host.watch.lost()
-            return ApplyResult(
-                generation=batch.generation, outcome="rejected", culprits=(), message=str(error)
-            )
-        rest = seconds if host.variant == "legacy" and seconds > REST_FROM_SECONDS else 0.0
+        outcome = _Outcome()
+        began = self._clock()
+        for family, ruleset in self._rulesets.items():
+            changes = {c.name: c.after for c in batch.changes if c.name.family == family}
+            if not (changes or batch.full or batch.host is not None or ruleset.doubtful or ruleset.unsettled):
+                continue
+            try:
+                outcome.brought(self._bring(host, family, ruleset, changes, full=batch.full))
+            except KernelError as error:
+                host.watch.lost()
+                outcome.refused(changes, str(error))
+                if isinstance(error, LockHeld):
+                    # Whoever has the lock has it for the other family, too.
+                    outcome.refused([c.name for c in batch.changes if c.name.family != family], "")
+                    break
+        if not outcome.families:
+            message = outcome.message or ""
+            if message:
+                return ApplyResult(
+                    generation=batch.generation, outcome="rejected", culprits=(), message=message
+                )
+        seconds = self._clock() - began
+        rest = host.variant == "legacy" and outcome.operations and seconds > REST_FROM_SECONDS
         return ApplyResult(
-            generation=batch.generation, failed=tuple(failed), operations=operations, pause_seconds=rest
+            generation=batch.generation,
+            failed=tuple(outcome.failed),
+            unknown=tuple(outcome.unknown),
+            message=outcome.message,
+            operations=outcome.operations,
+            pause_seconds=seconds if rest else 0.0,
         )
 
     def _bring(
@@ -181,7 +219,8 @@ class IptablesBackend:
     ) -> Bringer:
         live = host.tables[family]
         assert self._state is not None
-        if ruleset.doubtful:
+        if ruleset.doubtful or ((full or ruleset.unsettled) and host.watch.changed()):
+            # What is compared as a whole is worth comparing with what is there now.
             ruleset.learn(live.read())
         state = self._state
         stamp = host.watch.before()
@@ -191,8 +230,7 @@ class IptablesBackend:
 
         def ran(piece: Piece) -> None:
             nonlocal stamp
-            host.watch.after(stamp, family, piece.sections)
-            stamp = host.watch.look()
+            stamp = host.watch.after(stamp, family, piece.sections)
 
         bringer = Bringer(ruleset, live, make, ran)
         bringer.bring()
@@ -226,6 +264,8 @@ class IptablesBackend:
         if began < self._verify_after and not deep:
             return Verification(checked=False, figures=figures)
         looked = host.watch.look()
+        # Also if it cannot be read: the next look is worth it when something has changed again.
+        host.watch.settle(looked)
         drift: list[Drift] = []
         repaired = True
         for family, ruleset in self._rulesets.items():
@@ -234,7 +274,6 @@ class IptablesBackend:
             drift += found
             if found:
                 repaired = self._put_back(ruleset, live, jumps) and repaired
-        host.watch.settle(host.watch.look() if drift and repaired else looked)
         ended = self._clock()
         took = ended - began
         self._verify_after = ended + min(took / VERIFY_SHARE, VERIFY_PAUSE_MAX)

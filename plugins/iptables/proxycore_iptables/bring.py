@@ -6,17 +6,24 @@ variant, goes in piece by piece, halved until the Service port at fault stands a
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from proxycore.api import KernelError, ServicePortName
 
 from .live import Live, LockHeld, RestoreRefused
 from .program import Piece
+from .rules import MARKER
 from .ruleset import Ruleset
 from .work import Work
 
-FAULTS_IN_A_ROW = 12
-"""So many Service ports refused with none accepted between them: it is no Service's fault."""
+FAULTS_IN_ONE = 8
+"""With more Service ports at fault than this, what is left goes in piece by piece."""
+FAULTS_SINGLED_OUT = 40
+FEW = 40
+"""When so many were found at fault one by one, groups of a few are left out as they are: their turn comes again later."""
+_TRIAL = f"*{MARKER.table}\n:{MARKER.chain} - [0:0]\nCOMMIT\n"
+"""What any iptables that works accepts."""
 
 
 class Stuck(KernelError):
@@ -34,26 +41,37 @@ class Bringer:
         self._make = make
         self._work = make()
         self._ran = ran
+        self._read_again = False
         self._in_a_row = 0
         self.operations = 0
 
     @property
     def failed(self) -> Mapping[ServicePortName, str]:
-        """Service ports that were left out, with the reason."""
-        return self._work.failed
+        """Service ports that were left out and keep what was in force, with the reason."""
+        return {name: why for name, why in self._work.failed.items() if name not in self._work.dropped}
+
+    @property
+    def dropped(self) -> Mapping[ServicePortName, str]:
+        """Service ports of which nothing is in force: what was is refused as well."""
+        return {name: self._work.failed[name] for name in self._work.dropped}
 
     def bring(self) -> None:
         """Until everything is in force but what had to be left out.
 
-        Raises Stuck, LockHeld, KernelError: `ruleset` is doubtful unless nothing was changed.
+        Raises Stuck, LockHeld, KernelError: some of it may be in force; the ruleset is doubtful or unsettled then, and the
+        next batch compares everything.
         """
         size = self._ruleset.options.chains_per_restore
-        one = self._live.variant == "legacy" or self._work.chains <= size
+        if self._live.variant == "legacy":
+            # There every commit carries the whole table, however short the input.
+            size = sys.maxsize
         try:
-            if not (one and self._in_one()):
+            if self._work.chains > size or not self._in_one():
                 self._by_steps(size)
         except BaseException:
             self._work.give_up()
+            if self.operations:
+                self._ruleset.unsettled = True
             raise
         self._work.accept()
 
@@ -64,16 +82,20 @@ class Bringer:
             self._live.restore(piece.text, piece.sections)
         except RestoreRefused as refused:
             # Nothing was done when the first table was refused.
-            if len(piece.sections) == 1 or (refused.line or 1 << 30) <= len(piece.sections[0].lines) + 2:
+            if len(piece.sections) == 1 or (refused.line or sys.maxsize) <= len(piece.sections[0].lines) + 2:
                 self._ruleset.doubtful = False
+            if refused.errno:
+                raise Stuck(str(refused), errno=refused.errno) from refused
             raise
         except LockHeld:
-            self._ruleset.doubtful = False
+            # The tool takes the lock for each table anew.
+            self._ruleset.doubtful = len(piece.sections) > 1
             raise
         self._ruleset.doubtful = False
         for section in piece.sections:
             self._ruleset.took(section)
         self.operations += sum(len(section.lines) for section in piece.sections)
+        self._in_a_row = 0
         self._ran(piece)
 
     def _in_one(self) -> bool:
@@ -85,43 +107,52 @@ class Bringer:
                 named = self._left_out(piece, refused)
                 if self._ruleset.doubtful or not named:
                     self._reread()
-                if not named:
+                if not named or len(self._work.failed) > FAULTS_IN_ONE:
                     return False
             else:
                 break
         return True
 
+    def _by_steps(self, size: int) -> None:
+        while True:
+            try:
+                self._all(self._work.first_refusals)
+                self._all(self._work.frame_pieces)
+                for group in list(self._work.groups(size)):
+                    self._group(group)
+                self._all(lambda: self._work.dispatch_pieces(size))
+                self._all(lambda: self._work.last_pieces(size))
+            except RestoreRefused as refused:
+                if self._read_again:
+                    raise Stuck(str(refused), errno=refused.errno) from refused
+                self._reread()
+            else:
+                return
+
     def _reread(self) -> None:
         """What was remembered may be the fault, and part of the input may be in force: everything is compared."""
+        self._read_again = True
+        failed, dropped = dict(self._work.failed), set(self._work.dropped)
         self._work.give_up()
-        failed = self._work.failed
         self._ruleset.learn(self._live.read())
         self._work = self._make()
         for name, why in failed.items():
             self._work.exclude(name, why)
+            if name in dropped:
+                self._work.drop(name, why)
 
-    def _left_out(self, piece: Piece, refused: RestoreRefused) -> bool:
-        """Leave out whom the tool names; False: it names nobody."""
-        line = piece.line(refused.line) if refused.line is not None else None
-        if line is None or line.owner is None or line.owner in self._work.failed or refused.errno:
-            return False
-        self._blame(line.owner, refused, line.text)
-        return True
-
-    def _blame(self, name: ServicePortName, refused: RestoreRefused, line: str = "") -> None:
-        self._in_a_row += 1
-        if self._in_a_row > FAULTS_IN_A_ROW:
-            raise Stuck(f"iptables refuses everything: {refused}", errno=refused.errno) from refused
-        rule = f" (`{line[:200]}`)" if line else ""
-        self._work.exclude(name, f"iptables refused its rules: {refused.said}{rule}")
-
-    def _by_steps(self, size: int) -> None:
-        self._must(self._work.frame_piece)
-        for group in list(self._work.groups(size)):
-            self._group(group)
-        self._must(self._work.first_refusals)
-        self._all(lambda: self._work.dispatch_pieces(size))
-        self._all(lambda: self._work.last_pieces(size))
+    def _all(self, make: Callable[[], Iterable[Piece]]) -> None:
+        """All of these pieces, made anew when somebody had to be left out.  Raises RestoreRefused: nobody is named."""
+        while True:
+            for piece in make():
+                try:
+                    self._run(piece)
+                except RestoreRefused as refused:
+                    if not self._left_out(piece, refused):
+                        raise
+                    break
+            else:
+                return
 
     def _group(self, names: Sequence[ServicePortName]) -> None:
         """Chains of these Service ports, but for those at fault."""
@@ -129,34 +160,47 @@ class Bringer:
             try:
                 self._run(piece)
             except RestoreRefused as refused:
-                if refused.errno:
-                    raise Stuck(str(refused), errno=refused.errno) from refused
                 if self._left_out(piece, refused):
                     continue
                 owners = piece.owners
-                if len(owners) == 1 and owners[0] not in self._work.failed:
-                    self._blame(owners[0], refused)
+                if not owners:
+                    raise
+                few = len(owners) <= FEW and len(self._work.failed) >= FAULTS_SINGLED_OUT
+                if len(owners) == 1 or few:
+                    for owner in owners:
+                        self._blame(owner, refused)
                     continue
-                if len(owners) < 2:
-                    raise Stuck(str(refused), errno=refused.errno) from refused
                 self._group(owners[: len(owners) // 2])
                 self._group(owners[len(owners) // 2 :])
-                return
-            self._in_a_row = 0
             return
 
-    def _must(self, make: Callable[[], Piece | None]) -> None:
-        self._all(lambda: filter(None, (make(),)))
+    # -- blame --
 
-    def _all(self, make: Callable[[], Iterable[Piece]]) -> None:
-        """All of these pieces, made anew when somebody had to be left out."""
-        while True:
-            for piece in make():
-                try:
-                    self._run(piece)
-                except RestoreRefused as refused:
-                    if not self._left_out(piece, refused):
-                        raise Stuck(str(refused), errno=refused.errno) from refused
-                    break
-            else:
-                return
+    def _left_out(self, piece: Piece, refused: RestoreRefused) -> bool:
+        """Leave out whom the tool names; False: it names nobody who can be at fault."""
+        line = piece.line(refused.line) if refused.line is not None else None
+        if line is None or line.owner is None or line.owner in self._work.dropped:
+            return False
+        if line.text.startswith(("-I ", "-D ")) and not self._read_again:
+            # Whether these fit depends on what others did to the chain.
+            return False
+        self._blame(line.owner, refused, line.text)
+        return True
+
+    def _blame(self, name: ServicePortName, refused: RestoreRefused, line: str = "") -> None:
+        self._in_a_row += 1
+        if self._in_a_row == FAULTS_IN_ONE:
+            self._try_anything(refused)
+        rule = f" (`{line[:200]}`)" if line else ""
+        why = f"iptables refused its rules: {refused.said}{rule}"
+        if name in self._work.failed:
+            self._work.drop(name, f"{why}; what was in force is refused as well")
+        else:
+            self._work.exclude(name, why)
+
+    def _try_anything(self, refused: RestoreRefused) -> None:
+        """Raises Stuck: iptables accepts nothing at all, which is no Service's fault."""
+        try:
+            self._live.restore(_TRIAL, ())
+        except RestoreRefused as also:
+            raise Stuck(f"iptables refuses everything: {also}", errno=also.errno) from refused

@@ -31,8 +31,13 @@ def compare(ruleset: Ruleset, live: Live, listing: Listing) -> tuple[list[Drift]
     A chain whose rules have another text and the same meaning is none: that text is remembered.  The second part: rules that
     lead to us, if these alone are missing; once they are put back, nothing else is to be done.
     """
-    expected = {table: dict(ruleset.present[table]) for table in ALL_TABLES}
-    missing_before = ruleset.missing(ruleset.frame)
+    if ruleset.shape is None:
+        # Nothing was brought into force yet.
+        ruleset.learn(listing)
+        return [], []
+    unsure = ruleset.unsettled or ruleset.doubtful
+    expected = ruleset.wanted_marks() if unsure else {t: dict(ruleset.present[t]) for t in ALL_TABLES}
+    missing_before = [] if unsure else ruleset.missing(ruleset.frame)
     ruleset.learn(listing)
     suspects = [
         (table, chain)
@@ -44,7 +49,7 @@ def compare(ruleset: Ruleset, live: Live, listing: Listing) -> tuple[list[Drift]
         (table, chain)
         for table in ALL_TABLES
         for chain in ruleset.present[table]
-        if chain not in expected[table] and ours(table, chain)
+        if chain not in expected[table] and ours(table, chain) and (table, chain) not in ruleset.used
     ]
     drift: list[Drift] = []
     if suspects:

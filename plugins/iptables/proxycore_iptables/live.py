@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from typing import Protocol
 
-from proxycore.api import Family
+from proxycore.api import Family, KernelError
 from proxycore.kernel import xtables
 from proxycore.kernel.xtables import LockHeld, RestoreRefused, Tools, Variant
 
 from .listing import Listing, read
 from .program import Section
 from .reader import Counts, Reader, reader
-from .rules import Jump, Place, Rules
+from .rules import TABLES, Jump, Place, Rules
 from .ruleset import KEPT_WHOLE, shown
 
 __all__ = ["Live", "LockHeld", "RestoreRefused", "ToolTables"]
@@ -26,7 +26,10 @@ class Live(Protocol):
     name: str
 
     def read(self, keep: Collection[str] = ()) -> Listing:
-        """Everything that is there; rules of the chains in `keep` by their text."""
+        """Everything that is there; rules of the chains in `keep` by their text.
+
+        Raises KernelError: it cannot be read, or a table of ours holds rules that this variant of the tools cannot show.
+        """
 
     def restore(self, text: str, sections: Sequence[Section]) -> None:
         """Bring input into force.  Raises RestoreRefused, LockHeld, KernelError as proxycore.kernel.xtables does."""
@@ -44,6 +47,16 @@ class Live(Protocol):
         """End what was started for this."""
 
 
+def check_readable(name: str, listing: Listing) -> None:
+    """A table that the tool leaves out looks like an empty one.  Raises KernelError."""
+    hidden = sorted(set(TABLES).intersection(listing.incompatible))
+    if hidden:
+        raise KernelError(
+            f"{name} cannot read table {' and '.join(hidden)}: somebody put rules there with nft, which iptables cannot show; "
+            f"see `nft list ruleset`, and move them to a table of their own"
+        )
+
+
 class ToolTables:
     """Tables through iptables-save and iptables-restore, and in legacy python-iptables in a worker process."""
 
@@ -57,7 +70,9 @@ class ToolTables:
 
     def read(self, keep: Collection[str] = ()) -> Listing:
         wanted = {*KEPT_WHOLE, *keep}
-        return xtables.save(self.tools, lambda lines: read(lines, ours=shown, keep=wanted))
+        listing = xtables.save(self.tools, lambda lines: read(lines, ours=shown, keep=wanted))
+        check_readable(self.name, listing)
+        return listing
 
     def restore(self, text: str, sections: Sequence[Section]) -> None:
         xtables.restore(self.tools, text, self._lock_seconds)

@@ -141,7 +141,8 @@ class Draft:
 
     def declare(self, chain: str) -> None:
         """Make a chain that others may fill, too."""
-        self._declared.append(Line(f":{chain} - [0:0]"))
+        # Not by its name alone, which would empty it if it came meanwhile.
+        self._rules.append(Line(f"-N {chain}"))
         self._entries += 2
 
     def drop(self, jump: Jump) -> None:

@@ -5,20 +5,33 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 
 from proxycore.api import Family, HostState, ServicePortName, ServiceState
-from proxycore.kubechains import is_kube_proxys, target_of
+from proxycore.kubechains import KEPT_MARKERS, is_jump, is_kube_proxys, target_of
 
 from .dispatch import Shared
-from .frame import frame
+from .frame import FORWARD, frame
 from .listing import Listing
 from .normal import normal
 from .program import Present, Section
 from .render import render
-from .rules import MARKER, SERVICES, SHARED, Entry, Frame, Jump, Place, Rule, Rules, ServiceRules, TableName
+from .rules import (
+    MARKER,
+    SERVICES,
+    SHARED,
+    Entry,
+    Frame,
+    Jump,
+    Place,
+    Rule,
+    Rules,
+    ServiceRules,
+    TableName,
+    mark,
+)
 from .shape import Features, Options, Shape, shape_of
 
 GUARDED = Place("filter", "KUBE-FIREWALL")
 """The kubelet's chain as well: our rule is put into it, and the others stay."""
-KEPT_WHOLE = frozenset({GUARDED.chain})
+KEPT_WHOLE = frozenset({GUARDED.chain, FORWARD.chain})
 """Chains whose rules are wanted from every reading."""
 ALL_TABLES: tuple[TableName, ...] = ("filter", "mangle", "nat")
 
@@ -42,10 +55,11 @@ class Ruleset:
         self._leading: dict[tuple[TableName, str, Rule], Jump] = {}
         """Rules that lead to chains of ours, or may: table, chain and normal form, with their words."""
         self.has_guarded = False
+        self.forward: Rules = ()
+        """What KUBE-FORWARD holds."""
         self.used: frozenset[tuple[TableName, str]] = frozenset()
         self.doubtful = True
         self.unsettled = True
-        self._is_learned_old = False
         self.shape: Shape | None = None
         self.frame = Frame({}, {}, ())
         self.shared: dict[Place, Shared] = {}
@@ -94,6 +108,7 @@ class Ruleset:
         """A batch is in force."""
         self.states = states
         self.shape, self.frame, self.shared = shape, framed, shared
+        self.forward = framed.chains[FORWARD]
         self._comments = shape.comments
         self._endpoints = endpoints
 
@@ -107,6 +122,16 @@ class Ruleset:
         found = {(place.table, place.chain): rules for place, rules in fixed_chains(self.frame).items()}
         for place, shared in self.shared.items():
             found.update({(place.table, name): rules for name, rules in shared.chains().items()})
+        return found
+
+    def wanted_marks(self) -> Present:
+        """Marks of everything that should be there; costs as much as rendering all Services."""
+        found: Present = {table: {} for table in ALL_TABLES}
+        for (table, chain), rules in self.wanted_chains().items():
+            found[table][chain] = mark(rules)
+        for name in self.states:
+            for chain, rules in self.rules_of(name).chains.items():
+                found["nat"][chain] = mark(rules)
         return found
 
     def owners(self) -> tuple[dict[str, ServicePortName], dict[Rule, ServicePortName]]:
@@ -126,16 +151,25 @@ class Ruleset:
         """Take a listing for the truth."""
         for table in ALL_TABLES:
             marks = listing.table(table).marks
-            self.present[table] = {name: self._same.get(mark, mark) for name, mark in marks.items()}
+            self.present[table] = {name: self._same.get(shown, shown) for name, shown in marks.items()}
         self.has_guarded = self.present[GUARDED.table].pop(GUARDED.chain, None) is not None
-        self.used = frozenset((table, chain) for table in ALL_TABLES for chain in listing.table(table).users)
+        for chain in KEPT_MARKERS:
+            self.present["nat"].pop(chain, None)
+        used = {(table, chain) for table in ALL_TABLES for chain in listing.table(table).users}
         self._leading = {}
         for table in ALL_TABLES:
             for chain, rules in listing.table(table).built_in.items():
-                self.put(Jump(table, chain, rule) for rule in rules if "KUBE-" in rule)
+                for rule in rules:
+                    target = (target_of(f"-A {chain} {rule}") or "") if "KUBE-" in rule else ""
+                    if is_jump(chain, target) or target == GUARDED.chain:
+                        self.put((Jump(table, chain, rule),))
+                    elif ours(table, target):
+                        # Somebody else's rule, such as one that marks packets for masquerading.
+                        used.add((table, target))
+        self.used = frozenset(used)
+        self.forward = listing.table(FORWARD.table).rules.get(FORWARD.chain, ())
         guards = listing.table(GUARDED.table).rules.get(GUARDED.chain, ())
         self.put(Jump(GUARDED.table, GUARDED.chain, rule) for rule in guards)
-        self._is_learned_old = False
         self.doubtful = False
         self.unsettled = True
 
@@ -153,7 +187,7 @@ class Ruleset:
         return [
             jump
             for key, jump in self._leading.items()
-            if key not in wanted and ours(jump.table, target_of(f"-A {jump.chain} {jump.rule}") or "")
+            if key not in wanted and is_jump(jump.chain, target_of(f"-A {jump.chain} {jump.rule}") or "")
         ]
 
     def took(self, section: Section) -> None:
@@ -164,8 +198,6 @@ class Ruleset:
                 present.pop(chain, None)
             else:
                 present[chain] = after
-        if section.ensured or section.dropped:
-            self._is_learned_old = True
         for jump in section.dropped:
             self._leading.pop(_key(jump), None)
         self.put(section.ensured)

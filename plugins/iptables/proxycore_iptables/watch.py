@@ -32,8 +32,8 @@ class Watch:
             self._foreign = True
         return now
 
-    def after(self, before: Stamp, family: Family, sections: Sequence[Section]) -> None:
-        """Called after a change of ours that held."""
+    def after(self, before: Stamp, family: Family, sections: Sequence[Section]) -> Stamp:
+        """Called after a change of ours that held; returns what the next one is to be told."""
         now = self._stamps.read()
         if now.generation is not None and before.generation is not None:
             self._foreign = self._foreign or now.generation != before.generation + len(sections)
@@ -45,6 +45,7 @@ class Watch:
                 if was is not None and is_now != was + more:
                     self._foreign = True
         self._known = now
+        return now
 
     def lost(self) -> None:
         """A change of ours may have been partly made."""

@@ -2,15 +2,19 @@
 
 In the order in which packets stay served whatever comes between:
 
-    frame, chains of Services -> refusals of both states -> dispatch and jumps -> refusals of the new state -> what is left over
+    refusals of both states -> frame, chains of Services -> dispatch and jumps -> refusals of the new state -> what is left over
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
+import msgspec
+
 from proxycore.api import HostState, ServicePortName, ServiceState
 
+from .dispatch import Shared
+from .frame import FORWARD
 from .program import Draft, Piece, leaving, pieces, union
 from .render import render
 from .rules import MARKER, Entry, Place, Rule, Rules, ServiceRules, TableName, mark
@@ -33,7 +37,7 @@ class Work:
     """What a batch asks of one family, whose ruleset is not doubtful.
 
     `whole`: everything is compared with what is there; otherwise only the changes are looked at.  `failed`: Service ports that
-    were left out, with the reason; they keep the state that is in force.
+    were left out, with the reason; they keep the state that is in force, those `dropped` excepted.
     """
 
     def __init__(
@@ -50,6 +54,8 @@ class Work:
         self.whole = full or ruleset.unsettled or self.shape != ruleset.shape
         self.frame = framed_of(self.shape) if self.whole else ruleset.frame
         self.failed: dict[ServicePortName, str] = {}
+        self.dropped: set[ServicePortName] = set()
+        self._touched: dict[Place, set[str]] = {}
         self._rendered: dict[ServicePortName, ServiceRules] = {}
         self._states: dict[ServicePortName, ServiceState | None] = dict(changes)
         if self.whole and not full:
@@ -92,10 +98,30 @@ class Work:
             shared.change(removed.get(place, ()), added.get(place, ()))
 
     def exclude(self, name: ServicePortName, why: str) -> None:
-        """Leave a Service port out: it keeps what is in force."""
-        refused = self.rules(name)
+        """Leave a Service port out: it keeps what is in force, but for frontends that others have from this batch on."""
+        kept = self._ruleset.states.get(name)
+        if kept is not None:
+            taken = {
+                (frontend.address, frontend.port, frontend.protocol)
+                for other, state in self._states.items()
+                if state is not None and other != name
+                for frontend in state.frontends
+            }
+            left = tuple(f for f in kept.frontends if (f.address, f.port, f.protocol) not in taken)
+            if left != kept.frontends:
+                kept = msgspec.structs.replace(kept, frontends=left)
+        self._replace(name, kept)
         self.failed[name] = why
-        self._states[name] = self._ruleset.states.get(name)
+
+    def drop(self, name: ServicePortName, why: str) -> None:
+        """Leave a Service port out altogether: nothing of it stays in force."""
+        self._replace(name, None)
+        self.failed[name] = why
+        self.dropped.add(name)
+
+    def _replace(self, name: ServicePortName, state: ServiceState | None) -> None:
+        refused = self.rules(name)
+        self._states[name] = state
         self._rendered.pop(name, None)
         self._wanted.difference_update(refused.chains)
         kept = self.rules(name)
@@ -149,11 +175,11 @@ class Work:
             draft.write(MARKER.chain, ())
         return draft
 
-    def frame_piece(self) -> Piece | None:
+    def frame_pieces(self) -> Iterator[Piece]:
         """What everything else leads to."""
         nat = self._draft("nat")
         self._fixed(nat)
-        return next(pieces((self._sign(), nat), together=True), None)
+        yield from pieces((nat,), together=True)
 
     def own_piece(self, names: Iterable[ServicePortName]) -> Piece | None:
         """The chains of these Service ports."""
@@ -183,10 +209,10 @@ class Work:
         if group:
             yield group
 
-    def first_refusals(self) -> Piece | None:
-        """Refusals of both states."""
+    def first_refusals(self) -> Iterator[Piece]:
+        """Our mark, then refusals of both states, and forwarding of packets marked in either."""
         first, _ = self._refusals()
-        return next(pieces((first,), together=True), None)
+        yield from pieces((self._sign(), first), together=True)
 
     def dispatch_pieces(self, size: int) -> Iterator[Piece]:
         """Nodes of the tree in groups, then the root with the jumps."""
@@ -223,6 +249,12 @@ class Work:
             if place.table == draft.table and not there:
                 draft.write(place.chain, rules)
 
+    def _filter_frame(self) -> Iterator[tuple[str, Rules]]:
+        """Chains of the frame in the filter table that are not as they should be."""
+        for place, rules in fixed_chains(self.frame).items() if self.whole else ():
+            if place.table == "filter" and not self._is_there(place.table, place.chain, rules):
+                yield place.chain, rules
+
     def _own(self, draft: Draft, names: Iterable[ServicePortName]) -> None:
         for name in names:
             for chain, rules in self.rules(name).chains.items():
@@ -237,11 +269,21 @@ class Work:
         for place, shared in self._shared.items():
             if place.table != table:
                 continue
-            for chain, (before, after) in shared.pending().items():
+            for chain, (before, after) in self._pending(place, shared).items():
+                self._touched.setdefault(place, set()).add(chain)
                 if after is None or self._is_there(table, chain, after):
                     continue
                 known = before is not None and self._is_there(table, chain, before)
                 yield chain, before if known else None, after
+
+    def _pending(self, place: Place, shared: Shared) -> dict[str, tuple[Rules | None, Rules | None]]:
+        """What a shared chain's change comes to, with what was written for somebody who was left out since."""
+        pending = shared.pending()
+        touched = self._touched.get(place, set()) - pending.keys()
+        if touched:
+            chains = shared.chains()
+            pending |= {chain: (None, chains.get(chain)) for chain in touched}
+        return pending
 
     def _write(self, draft: Draft, chain: str, before: Rules | None, after: Rules) -> None:
         if before is None:
@@ -265,8 +307,14 @@ class Work:
         What refuses concerns untranslated packets alone: it may come early and must not leave late or early.
         """
         first = self._draft("filter")
-        self._fixed(first)
         second: list[tuple[str, Rules, Rules]] = []
+        for chain, rules in self._filter_frame():
+            # Packets may carry the mark of before until the nat table has the new one.
+            old = self._ruleset.forward if chain == FORWARD.chain else ()
+            both = union(old, rules) if old and self._is_there("filter", chain, old) else rules
+            first.write(chain, both)
+            if both != rules:
+                second.append((chain, both, rules))
         for chain, before, after in self._dispatch("filter"):
             both = after if before is None else union(before, after)
             self._write(first, chain, before, both)
@@ -295,8 +343,10 @@ class Work:
         elif table == "nat":
             before = {chain for name in self._states for chain in self._ruleset.rules_of(name).chains}
             gone = [chain for chain in before - self._wanted if chain in present]
-            for shared in self._shared.values():
-                gone += [c for c, (_, after) in shared.pending().items() if after is None and c in present]
+            for place, shared in self._shared.items():
+                if place.table == table:
+                    pending = self._pending(place, shared).items()
+                    gone += [chain for chain, (_, after) in pending if after is None and chain in present]
         else:
             gone = []
         return leaving(gone, lambda chain: chain.startswith("KUBE-SVC-TREE."))
