@@ -103,9 +103,10 @@ class Marks(msgspec.Struct, frozen=True, kw_only=True):
             seen |= mask
         if self.number & KUBELET_DROP:
             raise ValueError(f"mark bits number: 0x{KUBELET_DROP:x} is the kubelet's")
-        # Tools print larger marks of servers as negative numbers.
-        if self.server_mask & 0x80000000:
-            raise ValueError("mark bits: those of servers have to be below 0x80000000")
+        # Tools print larger ones as negative numbers.
+        for name in ("ours", "local", "number"):
+            if getattr(self, name) & 0x80000000:
+                raise ValueError(f"mark bits {name}: marks of servers have to be below 0x80000000")
 
     def masks(self) -> Mapping[str, int]:
         """Bits by name."""

@@ -24,10 +24,10 @@ from .simulate import World
 
 
 def programmed(
-    found: Sequence[ServiceState], host: HostState, family: Family
+    found: Sequence[ServiceState], host: HostState, family: Family, *, security: bool = True
 ) -> tuple[Shape, Desired, Classes, list[Unsupported]]:
     """Everything that stands for the Services and the node."""
-    shape = shape_of(host, family)
+    shape = shape_of(host, family, security=security)
     ids, classes, desired = Ids(shape.marks.numbers), Classes(), Desired()
     desired.put("node", Objects(entries=render_host(host, family)))
     unsupported = []
@@ -45,7 +45,7 @@ def programmed(
 @settings(max_examples=60, deadline=None)
 def test_every_packet_fares_as_the_model_says(family: Family, data: st.DataObject, host: HostState) -> None:
     found = data.draw(states(family))
-    shape, desired, classes, unsupported = programmed(found, host, family)
+    shape, desired, classes, unsupported = programmed(found, host, family, security=data.draw(st.booleans()))
     skipped = [each.frontend for each in unsupported if each.frontend is not None]
     event(f"frontends without an entry: {len(skipped)}")
     chains = netrules.rules(shape, classes.rules, node_ports=tuple(NODE_PORTS))
