@@ -57,21 +57,21 @@ _CONTAINERS = (
     ("unshare", "--pid", "--fork", "--kill-child"),
     ("unshare", "--user", "--map-root-user", "--pid", "--fork", "--kill-child"),
 )
-# Standard input ends with the runner.  The guest gets the two streams as 3 and 4, and this shell keeps neither.  Processes
-# of the namespace end a moment after its first, hence more than one attempt to remove their folder.
+# Standard input ends with the runner.  The guest gets the two streams as 3 and 4, and this shell keeps neither; 5 ends with the
+# last process of the guest, a moment after the one that is killed.
 _JANITOR = """
 control=$1
 shift
-"$@" 3>&1 4>&2 >"$control/console" 2>&1 &
-exec >&- 2>&-
+mkfifo "$control/alive"
+"$@" 3>&1 4>&2 5>"$control/alive" >"$control/console" 2>&1 &
+exec 6<"$control/alive" >&- 2>&-
 read -r nothing
 kill -KILL $!
-wait
-for attempt in 1 2 3 4 5 6 7 8 9 10; do
-    rm -rf "$control" && exit
-    sleep 0.1
-done
+read -r nothing <&6
+rm -rf "$control"
 """
+# A kernel that panics aborts itself, which the first process of a namespace cannot.
+_FIRST = '"$@"; exit $?'
 
 
 class GuestTimeout(KernelError):
@@ -149,7 +149,7 @@ class Guest:
             raise KernelError(reason)
         modules = tuple(modules)
         self.missing = missing_modules(modules)
-        folders = [Path(folder).resolve(strict=True) for folder in writable]
+        folders = [Path(folder).resolve() for folder in writable]
         for folder in folders:
             if not folder.is_dir() or "," in str(folder):
                 raise ValueError(f"not a folder that a guest can write to: {folder}")
@@ -181,7 +181,19 @@ class Guest:
         container = _container()
         assert container is not None
         self._janitor = subprocess.Popen(
-            ["sh", "-c", _JANITOR, "janitor", str(self.control), *container, "--", *kernel],
+            [
+                "sh",
+                "-c",
+                _JANITOR,
+                "janitor",
+                str(self.control),
+                *container,
+                "sh",
+                "-c",
+                _FIRST,
+                "first",
+                *kernel,
+            ],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -244,12 +256,16 @@ class Guest:
         return status
 
     def console(self, lines: int = 8) -> str:
-        """The last words on the guest's console, its kernel's and those of its start; empty when it is closed."""
+        """The last words on the guest's console, or the first from a panic on; empty once it is closed."""
         try:
             text = (self.control / "console").read_text(errors="replace")
         except OSError:
             return ""
-        return " / ".join([line.strip() for line in text.splitlines() if line.strip()][-lines:])
+        said = [line.strip() for line in text.splitlines() if line.strip()]
+        panic = next(
+            (number for number, line in enumerate(said) if "Kernel panic" in line), len(said) - lines
+        )
+        return " / ".join(said[max(panic, 0) :][:lines])
 
     def close(self) -> None:
         """End the guest at once and remove what it had; twice does no harm, nor does a call while another thread waits."""
