@@ -191,6 +191,9 @@ class IptablesBackend:
                     # Whoever has the lock has it for the other family, too.
                     outcome.refused([c.name for c in batch.changes if c.name.family != family], "")
                     break
+            except BaseException:
+                ruleset.doubtful = True
+                raise
         if not outcome.families:
             message = outcome.message or ""
             if message:

@@ -64,7 +64,11 @@ class Work:
         self._owners: dict[Rule, ServicePortName] = {}
         self._wanted: set[str] = set()
         self._shared = ruleset.new_shared(self.frame) if self.whole else ruleset.shared
-        self._stage()
+        try:
+            self._stage()
+        except BaseException:
+            self.give_up()
+            raise
 
     # -- what is wanted --
 
@@ -87,8 +91,13 @@ class Work:
 
     def _stage(self) -> None:
         added: dict[Place, list[Entry]] = {}
-        for name in self._states:
-            rules = self.rules(name)
+        for name in list(self._states):
+            try:
+                rules = self.rules(name)
+            except Exception as error:  # noqa: BLE001  one that cannot be put into words must not hold up the others
+                self.failed[name] = f"its rules cannot be written: {error}"
+                self._states[name] = self._ruleset.states.get(name)
+                rules = self.rules(name)
             self._wanted.update(rules.chains)
             for place, entries in rules.entries.items():
                 added.setdefault(place, []).extend(entries)

@@ -248,6 +248,17 @@ def test_one_that_is_refused_does_not_keep_an_address_that_another_has_now(varia
     assert served(fake, newcomer)
 
 
+def test_one_whose_rules_cannot_be_written_fails_alone():
+    odd = service(name_of("odd"), frontend("172.30.9.9"), cluster=["10.0.0.1:80"])
+    odd = msgspec.structs.replace(
+        odd, frontends=(msgspec.structs.replace(odd.frontends[0], address="nowhere"),)
+    )
+    fake, backend = running("nft", numbered(1, 1))
+    result = backend.proxycore_backend_apply(batch(odd, numbered(2, 1)))
+    assert [failure.name for failure in result.failed] == [odd.name]
+    assert served(fake, numbered(2, 1))
+
+
 def test_a_mark_that_goes_tells_of_a_kube_proxy():
     fake, backend = running("nft", numbered(1, 1))
     del fake.tables["IPv4"].tables["nat"][MARKER]
