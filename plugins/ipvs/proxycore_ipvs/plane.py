@@ -15,6 +15,7 @@ from .fates import Fates
 from .ids import FrontendKey, Target
 from .marks import Parts
 from .servers import PERSISTENT, SCHEDULER_FLAGS, ByMark, Destination, Server
+from .sets import halves
 from .shape import Shape
 
 _WEIGHTED = {"rr": "wrr", "lc": "wlc"}
@@ -158,7 +159,7 @@ class _Rendering:
         at = (address, frontend.protocol, frontend.port)
         self.entries[Entry(self._set(SetKind.FIREWALLED), *at)] = None
         for cidr in ranges:
-            for part in entries.halves(cidr):
+            for part in halves(cidr):
                 self.entries[Entry(self._set(SetKind.ADMITTED), *at, part)] = None
 
     def server(self, name: PoolName, pool: Pool, affinity_seconds: int | None) -> None:
