@@ -258,8 +258,9 @@ def remove(found: Census, told: Told) -> None:
 def remove_rules(found: Census, told: Told) -> None:
     """Take away rules and tables; `told` gets a line for each thing that is gone.
 
-    Filter rules go first, so that nothing is refused any more that should work; then nf_tables' tables, then the other rules,
-    one commit a table in legacy, in pieces with iptables-nft where there are many chains.  Raises KernelError: the rest is still there; look again and go on.
+    Filter rules go first, so that nothing is refused any more that should work; then nf_tables' tables, then the other rules;
+    one commit a table in legacy, in pieces with iptables-nft where there are many chains.  Raises KernelError: the rest is
+    still there; look again and go on.
     """
     for tools, rules in found.rules:
         if rules.table == "filter":

@@ -1,4 +1,4 @@
-"""Taking rules away: all of ours, or what is in the other variant."""
+"""Taking away all that is ours, in both variants."""
 
 from __future__ import annotations
 
@@ -7,77 +7,80 @@ from pathlib import Path
 from typing import NamedTuple
 
 from proxycore import kubechains
-from proxycore.api import Cleanup, HostState, KernelError
-from proxycore.kernel import xtables
+from proxycore.api import Cleanup, Family, HostState, KernelError
+from proxycore.kernel import nftables, xtables
+from proxycore.kernel.kubeproxy import chunk_of
 from proxycore.kernel.xtables import Tools
-from proxycore.kubechains import TableRules
+from proxycore.kubechains import LOCALNET_MARKER, TableRules
 
 from . import counting
 from .frame import GUARD, frame
-from .host import Host
+from .normal import normal
 from .reader import reader
-from .rules import MARKER
+from .rules import MARKER, Rule
 from .shape import Features, Options, shape_of
 
 ROUTE_LOCALNET = Path("/proc/sys/net/ipv4/conf/all/route_localnet")
 _KUBELETS = frozenset({"KUBE-KUBELET-CANARY", "KUBE-IPTABLES-HINT"})
+_GUARD_JUMPS = ("-A INPUT -j KUBE-FIREWALL", "-A OUTPUT -j KUBE-FIREWALL")
+_NFT: dict[Family, nftables.NftFamily] = {"IPv4": "ip", "IPv6": "ip6"}
 
 
-class Leftovers:
-    """Chains of ours or kube-proxy's in the variant that is not used, or of a family that is not served.
+class _Ours(NamedTuple):
+    """A variant and family whose rules bear our mark, and what there is of them."""
 
-    `told`: what there is, a phrase.
-    """
+    tools: Tools
+    tables: tuple[TableRules, ...]
 
-    def __init__(self, found: Sequence[tuple[Tools, TableRules]]) -> None:
-        self._found = found
-        self.told = ", ".join(
-            f"{len(rules.chains)} KUBE-* chains in {tools} {rules.table}" for tools, rules in found
-        )
-
-    def remove(self) -> None:
-        """Take them away.  Raises KernelError: what was not taken away stays."""
-        for tools, rules in self._found:
-            xtables.restore(tools, kubechains.removal(rules))
-
-
-def leftovers(host: Host) -> Leftovers | None:
-    """What there is beside the tables of a host; None: nothing."""
-    found = [
-        (tools, rules)
-        for tools in xtables.find()
-        if tools.variant != host.variant or tools.family not in host.tables
-        # Whoever chose the variant has said that these cannot be read.
-        if not xtables.missing_rights(tools.variant)
-        for rules in _tables(tools)
-    ]
-    return Leftovers(found) if found else None
-
-
-def _tables(tools: Tools) -> Iterator[TableRules]:
-    if tools.variant == "legacy" and not xtables.legacy_tables(tools.family):
-        return
-    listing = xtables.save(tools, kubechains.read)
-    yield from (rules for rules in listing.tables if not rules.empty)
+    def has(self, marker: str) -> bool:
+        return any(rules.table == MARKER.table and marker in rules.chains for rules in self.tables)
 
 
 def clean_up() -> Cleanup:
-    """Take all away that is ours, in both variants.  Raises KernelError: the rest is still there."""
+    """Take all away that is ours, in both variants.
+
+    The marks go last, everything else before them that is known by them alone: whoever is killed on the way is to do it
+    again.  Raises KernelError: so is this; when a table cannot be read, nothing was changed.
+    """
+    ours = [found for tools in xtables.find() if (found := _find(tools))]
     removed: list[str] = []
-    for tools in xtables.find():
-        found = list(_tables(tools))
-        if not any(rules.table == MARKER.table and MARKER.chain in rules.chains for rules in found):
-            continue
-        removed += _take(tools, found)
-        if tools.family == "IPv4":
-            removed += _take_guard(tools)
-    if removed:
+    removed += _take_guards([found for found in ours if found.tools.family == "IPv4"])
+    for found in ours:
+        removed += _take(found)
+    if ours:
         removed += _take_counters()
+    for found in ours:
+        removed += _take_marks(found)
     return Cleanup(removed=tuple(removed))
 
 
-def _take(tools: Tools, found: Sequence[TableRules]) -> Iterator[str]:
-    """The mark goes last, with the nat table: whoever is killed on the way finds the rest by it."""
+def _find(tools: Tools) -> _Ours | None:
+    if tools.variant == "legacy" and not xtables.legacy_tables(tools.family):
+        return None
+    listing = xtables.save(tools, kubechains.read)
+    if listing.unreadable:
+        _check_readable(tools, listing.unreadable)
+    found = _Ours(tools, tuple(rules for rules in listing.tables if not rules.empty))
+    return found if found.has(MARKER.chain) else None
+
+
+def _check_readable(tools: Tools, unreadable: Sequence[str]) -> None:
+    """Raises KernelError: there are rules of ours, and some are in a table that the tool leaves out."""
+    with nftables.NfTables() as kernel:
+        chains = kernel.chains(_NFT[tools.family])
+    if (MARKER.table, MARKER.chain) not in chains:
+        return
+    for table in unreadable:
+        if any(kubechains.is_kube_proxys(table, chain) for there, chain in chains if there == table):
+            raise KernelError(
+                f"{tools} cannot read table {table}, which holds rules of ours: "
+                f"{xtables.advice_for_unreadable(tools.family, table)}"
+            )
+
+
+def _take(found: _Ours) -> Iterator[str]:
+    """All but the marks."""
+    tools = found.tools
     if tools.variant == "legacy":
         try:
             asked = reader(tools, xtables.LOCK_SECONDS)
@@ -86,66 +89,132 @@ def _take(tools: Tools, found: Sequence[TableRules]) -> Iterator[str]:
             pass
         else:
             try:
-                yield from asked.cleanup()
+                yield from asked.cleanup(keep_markers=True)
             finally:
                 asked.close()
             return
-    for rules in sorted(found, key=lambda rules: rules.table == MARKER.table):
-        xtables.restore(tools, kubechains.removal(rules))
+    for rules in map(kubechains.without_markers, found.tables):
+        if rules.empty:
+            continue
+        for text in kubechains.removals(rules, chunk_of(tools)):
+            xtables.restore(tools, text)
         yield from kubechains.tell(rules, str(tools))
 
 
+def _take_marks(found: _Ours) -> Iterator[str]:
+    for rules in found.tables:
+        marks = kubechains.markers(rules)
+        if not marks.empty:
+            xtables.restore(found.tools, kubechains.removal(marks))
+            yield from kubechains.tell(marks, str(found.tools))
+
+
 def _take_counters() -> Iterator[str]:
-    try:
-        with counting.Counting() as kernel:
-            yield from (f"nfacct counter {name}" for name in kernel.delete())
-    except KernelError:
-        return
+    """Those that nobody else's rules use."""
+    for name in counting.NAMES:
+        try:
+            with counting.Counting() as kernel:
+                gone = kernel.delete((name,))
+        except KernelError:
+            continue
+        yield from (f"nfacct counter {name}" for name in gone)
+
+
+# -- node ports on loopback addresses --
 
 
 class _Guard(NamedTuple):
-    rules: tuple[str, ...] = ()
-    jumps: tuple[str, ...] = ()
+    """What there is of the guard in one table.
+
+    `rules`: it, each time that it is there; `jumps`: rules as we make them that lead to its chain.  `others`: further rules in
+    that chain; `leading`: further ones that lead there.  `kubelet`: there is a kubelet that uses this variant.
+    """
+
+    rules: tuple[Rule, ...] = ()
+    jumps: tuple[Rule, ...] = ()
+    others: tuple[Rule, ...] = ()
+    leading: tuple[Rule, ...] = ()
     kubelet: bool = False
 
 
-def _take_guard(tools: Tools) -> Iterator[str]:
-    """The guard of localhost node ports, if it is ours alone; not while packets to loopback addresses are routed."""
-    found: _Guard = xtables.save(tools, _find_guard)
-    if found.kubelet or not found.rules or set(found.rules) != set(_guard_rules()):
+def _take_guards(ours: Sequence[_Ours]) -> Iterator[str]:
+    """First the setting goes, if it was a run of ours that made it; the guard not while packets to loopback addresses are
+    routed."""
+    if not ours:
         return
-    if ROUTE_LOCALNET.exists() and ROUTE_LOCALNET.read_text().strip() != "0":
-        try:
-            ROUTE_LOCALNET.write_text("0\n")
-        except OSError as error:
-            yield (
-                f"{tools} filter: chain KUBE-FIREWALL stays: without it net.ipv4.conf.all.route_localnet, which cannot be "
-                f"set to 0 ({error.strerror}), would open loopback addresses to other hosts"
-            )
-            return
-        yield "net.ipv4.conf.all.route_localnet = 1"
-    lines = ["*filter", ":KUBE-FIREWALL - [0:0]", *(f"-D {jump}" for jump in found.jumps)]
-    xtables.restore(tools, "\n".join((*lines, "-X KUBE-FIREWALL", "COMMIT", "")))
-    yield f"{tools} filter: chain KUBE-FIREWALL"
+    why_not = ""
+    if _is_routed():
+        if any(found.has(LOCALNET_MARKER) for found in ours):
+            try:
+                ROUTE_LOCALNET.write_text("0\n")
+            except OSError as error:
+                why_not = f"cannot be set to 0 ({error.strerror})"
+            else:
+                yield "net.ipv4.conf.all.route_localnet = 1"
+        else:
+            why_not = "was not set by a run of ours"
+    for found in ours:
+        yield from _take_guard(found.tools, why_not)
 
 
-def _guard_rules() -> tuple[str, ...]:
+def _is_routed() -> bool:
+    try:
+        return ROUTE_LOCALNET.read_text().strip() not in ("", "0")
+    except OSError:
+        return False
+
+
+def _take_guard(tools: Tools, why_not: str) -> Iterator[str]:
+    """`why_not`: why packets to loopback addresses go on being routed; empty: they do not."""
+    found: _Guard = xtables.save(tools, _find_guard, tables=("filter", "mangle"))
+    if found.kubelet or not found.rules:
+        return
+    if why_not:
+        yield (
+            f"{tools} filter: chain KUBE-FIREWALL stays: without it net.ipv4.conf.all.route_localnet, which {why_not}, "
+            "would open loopback addresses to other hosts"
+        )
+        return
+    # Rules of others in the chain need what leads there.
+    jumps = () if found.others else found.jumps
+    stays = (*found.others, *found.leading)
+    lines = ["*filter", *(f"-D {rule[3:]}" for rule in (*jumps, *found.rules))]
+    if not stays:
+        lines.append("-X KUBE-FIREWALL")
+    xtables.restore(tools, "\n".join((*lines, "COMMIT", "")))
+    for rule in jumps:
+        yield f"{tools} filter: rule {rule}"
+    if stays:
+        yield f"{tools} filter: our rule of chain KUBE-FIREWALL, which stays because of {stays[0]}"
+    else:
+        yield f"{tools} filter: chain KUBE-FIREWALL"
+
+
+def _guard_rules() -> frozenset[Rule]:
     options = Options(localhost_node_ports=True)
     shape = shape_of(HostState(node_name="any"), "IPv4", options, Features(), comments=True)
-    return frame(shape).chains[GUARD]
+    return frozenset(map(normal, frame(shape).chains[GUARD]))
 
 
 def _find_guard(lines: Iterable[str]) -> _Guard:
-    rules: list[str] = []
-    jumps: list[str] = []
+    wanted = _guard_rules()
+    inside = f"-A {GUARD.chain} "
+    rules: list[Rule] = []
+    jumps: list[Rule] = []
+    others: list[Rule] = []
+    leading: list[Rule] = []
     kubelet, table = False, ""
-    for line in lines:
+    for line in map(str.rstrip, lines):
         if line.startswith("*"):
-            table = line[1:].strip()
+            table = line[1:]
         elif line.startswith(":"):
             kubelet = kubelet or line[1:].partition(" ")[0] in _KUBELETS
-        elif table == "filter" and line.startswith("-A KUBE-FIREWALL "):
-            rules.append(line.removeprefix("-A KUBE-FIREWALL ").strip())
-        elif table == "filter" and "KUBE-FIREWALL" in line and kubechains.target_of(line) == GUARD.chain:
-            jumps.append(line.removeprefix("-A ").strip())
-    return _Guard(tuple(rules), tuple(jumps), kubelet)
+        elif table != GUARD.table or GUARD.chain not in line:
+            continue
+        elif line.startswith(inside):
+            (rules if normal(line.removeprefix(inside)) in wanted else others).append(line)
+        elif line in _GUARD_JUMPS:
+            jumps.append(line)
+        elif kubechains.target_of(line) == GUARD.chain:
+            leading.append(line)
+    return _Guard(tuple(rules), tuple(jumps), tuple(others), tuple(leading), kubelet)

@@ -12,6 +12,7 @@ from typing import NamedTuple, Protocol
 from proxycore import kubechains
 from proxycore.api import Family, KernelError
 from proxycore.kernel import xtables
+from proxycore.kernel.kubeproxy import chunk_of
 from proxycore.kernel.xtables import RestoreRefused, Tools
 from proxycore.kubechains import is_kube_proxys, target_of
 
@@ -93,11 +94,11 @@ class Reader(Protocol):
     def counters(self) -> Counts:
         """Of every rule of our chains."""
 
-    def cleanup(self) -> tuple[str, ...]:
+    def cleanup(self, *, keep_markers: bool = False) -> tuple[str, ...]:
         """Take away our chains and jumps, filter first; returns a line for each thing that is gone.
 
-        A chain to which rules of others lead stays, emptied, as kubechains.emptied() says.  Raises KernelError: each table is
-        as it was or clean; do it again.
+        A chain to which rules of others lead stays, emptied, as kubechains.emptied() says.  `keep_markers`: those of
+        kubechains.MARKERS stay.  Raises KernelError: what was not taken away is still there; do it again.
         """
 
     def close(self) -> None: ...
@@ -149,13 +150,14 @@ class LegacyReader:
             for chain, numbers in chains.items()
         }
 
-    def cleanup(self) -> tuple[str, ...]:
+    def cleanup(self, *, keep_markers: bool = False) -> tuple[str, ...]:
         return tuple(
             self._link.ask(
                 self._lock_seconds + WRITE_SECONDS,
                 "cleanup",
                 lock_seconds=self._lock_seconds,
                 where=str(self._tools),
+                keep_markers=keep_markers,
             )
         )
 
@@ -194,7 +196,7 @@ class NftReader:
         return ""
 
     def census(self) -> Census:
-        return xtables.save(self._tools, lambda lines: census_of(lines, str(self._tools)))
+        return xtables.save(self._tools, lambda lines: census_of(lines, self._tools))
 
     def assert_jumps(self, jumps: Sequence[Jump]) -> tuple[Jump, ...]:
         places = dict.fromkeys((jump.table, jump.chain) for jump in jumps)
@@ -213,31 +215,33 @@ class NftReader:
         found: dict[tuple[str, str], list[Count]] = {}
 
         def read(lines: Iterable[str]) -> None:
-            for item in listing.counters(_declaring(lines, found, str(self._tools))):
+            for item in listing.counters(_declaring(lines, found, self._tools)):
                 if (item.table, item.chain) in found:
                     found[item.table, item.chain].append(Count(item.packets, item.bytes))
 
         xtables.save(self._tools, read, counters=True)
         return {place: tuple(counts) for place, counts in found.items()}
 
-    def cleanup(self) -> tuple[str, ...]:
+    def cleanup(self, *, keep_markers: bool = False) -> tuple[str, ...]:
         told: list[str] = []
         where = str(self._tools)
-        found = xtables.save(self._tools, kubechains.read)
-        for rules in found.tables:
-            text = kubechains.removal(rules)
-            if text:
+        listing = xtables.save(self._tools, kubechains.read)
+        for table in listing.unreadable:
+            _check_readable(self._tools, table)
+        for found in listing.tables:
+            rules = kubechains.without_markers(found) if keep_markers else found
+            if rules.empty:
+                continue
+            for text in kubechains.removals(rules, chunk_of(self._tools)):
                 xtables.restore(self._tools, text)
-                told += kubechains.tell(rules, where)
-        for table in found.unreadable:
-            _check_readable(where, table)
+            told += kubechains.tell(rules, where)
         return tuple(told)
 
     def close(self) -> None:
         pass
 
 
-def _declaring(lines: Iterable[str], into: dict[tuple[str, str], list[Count]], where: str) -> Iterable[str]:
+def _declaring(lines: Iterable[str], into: dict[tuple[str, str], list[Count]], tools: Tools) -> Iterable[str]:
     """The lines; chains of ours that they declare are put into a mapping before their rules come."""
     table = ""
     for line in lines:
@@ -248,11 +252,11 @@ def _declaring(lines: Iterable[str], into: dict[tuple[str, str], list[Count]], w
             if is_kube_proxys(table, chain):
                 into[table, chain] = []
         elif line.startswith("# Table `") and "incompatible" in line:
-            _check_readable(where, line[9:].partition("'")[0])
+            _check_readable(tools, line[9:].partition("'")[0])
         yield line
 
 
-def census_of(lines: Iterable[str], where: str) -> Census:
+def census_of(lines: Iterable[str], tools: Tools) -> Census:
     """Read the output of `iptables-save`.  Raises KernelError: there is a table that the tool cannot read."""
     found: dict[str, dict[str, int]] = {}
     ours: dict[str, int] = {}
@@ -273,13 +277,13 @@ def census_of(lines: Iterable[str], where: str) -> Census:
             table = line[1:].strip()
             ours = found[table] = {}
         elif line.startswith("# Table `") and "incompatible" in line:
-            _check_readable(where, line[9:].partition("'")[0])
+            _check_readable(tools, line[9:].partition("'")[0])
     return found
 
 
-def _check_readable(where: str, table: str) -> None:
+def _check_readable(tools: Tools, table: str) -> None:
     """Called of a table that the tool cannot read.  Raises KernelError if there may be something of ours in it."""
     if table in kubechains.SHARED:
         raise KernelError(
-            f"{where} cannot read table {table}: somebody put rules there with nft; take those away"
+            f"{tools} cannot read table {table}: {xtables.advice_for_unreadable(tools.family, table)}"
         )

@@ -36,6 +36,7 @@ class Request(msgspec.Struct, frozen=True):
     jumps: tuple[tuple[str, str, str], ...] = ()
     extensions: tuple[tuple[str, str, tuple[str, ...]], ...] = ()
     where: str = ""
+    keep_markers: bool = False
 
 
 class Answer(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -104,15 +105,18 @@ def _insert(table: RawTable, jumps: list[tuple[str, str, str]]) -> list[tuple[st
 def cleanup(raw: Raw, request: Request) -> list[str]:
     """Take away our chains and jumps, filter first, one commit a table; returns lines about what is gone."""
     told: list[str] = []
+    keep = request.keep_markers
     with xtlock.held(request.lock_seconds):
         for name in sorted(raw.names() & kubechains.SHARED.keys()):
-            for rules in changed(raw, name, lambda table, name=name: _remove(table, name)):  # type: ignore[misc]
+            for rules in changed(raw, name, lambda table, name=name: _remove(table, name, keep)):  # type: ignore[misc]
                 told += kubechains.tell(rules, request.where)
     return told
 
 
-def _remove(table: RawTable, name: str) -> list[TableRules]:
+def _remove(table: RawTable, name: str, keep_markers: bool) -> list[TableRules]:
     rules, jumps = read(table, name)
+    if keep_markers:
+        rules = kubechains.without_markers(rules)
     if rules.empty:
         return []
     for chain, positions in jumps.items():
