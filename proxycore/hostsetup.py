@@ -5,12 +5,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from .config.model import Config
+from .errors import KernelError
 from .hostplan import ROUTE_LOCALNET, Setting, plan
-from .kernel import sysctl
+from .kernel import loopback, sysctl
 from .logs import Log
 
 
@@ -33,10 +34,40 @@ def prepare(
     return _apply(settings, log, strict, root)
 
 
-def route_loopback(config: Config, *, log: Log, root: Path = Path("/")) -> bool:
-    """Let the kernel route packets of loopback addresses, where node ports are served on them.  As prepare(), not strict."""
+def is_loopback_guarded(*, log: Log) -> bool:
+    """May an init container have packets of loopback addresses routed?  If not, one line says that the run will."""
+    try:
+        guarded = loopback.guarded()
+    except KernelError as error:
+        log.info(_LATER, reason=f"cannot see whether loopback addresses are guarded: {error}")
+        return False
+    if not guarded:
+        log.info(_LATER, reason="nothing guards loopback addresses against other hosts yet")
+    return bool(guarded)
+
+
+_LATER = "route_localnet stays as it is: the run sets it once its guard is in force"
+
+
+def route_loopback(config: Config, tools: Collection[str], *, log: Log, root: Path = Path("/")) -> bool:
+    """Let the kernel route packets of loopback addresses, where node ports are served on them.  As prepare(), not strict.
+
+    To be called when the guard is in force.  If the setting was 0, a chain in the nat table of `tools` (names such as
+    `iptables-nft`) remembers first that it was a run of ours that set it.
+    """
     settings = [item for item in plan(config, 1, route_localnet=True) if item.path == ROUTE_LOCALNET]
-    return _apply(settings, log, False, root) if settings else True
+    if not settings:
+        return True
+    try:
+        # Of the other variant's rules nothing may be left soon.
+        if sysctl.differs(settings[0], root) or loopback.remembered():
+            loopback.remember(tools)
+    except KernelError as error:
+        log.warning(
+            "cannot remember that route_localnet was set here: `proxyctl cleanup` will leave it and its guard",
+            error=error,
+        )
+    return _apply(settings, log, False, root)
 
 
 def _apply(settings: Sequence[Setting], log: Log, strict: bool, root: Path) -> bool:

@@ -62,8 +62,9 @@ def run_proxy(options: RunOptions) -> int:
     trace = get("hooks").info if options.trace_hooks else None
     cell = load_backend(options.backend, trace=trace)
     if options.init_only:
-        wanted = Capability.LOCALHOST_NODE_PORT in cell.info.capabilities
-        return 0 if hostsetup.prepare(config, log=get("host"), strict=True, route_localnet=wanted) else 1
+        served = Capability.LOCALHOST_NODE_PORT in cell.info.capabilities and config.localhost_node_ports
+        guarded = served and hostsetup.is_loopback_guarded(log=get("host"))
+        return 0 if hostsetup.prepare(config, log=get("host"), strict=True, route_localnet=guarded) else 1
     observers = load_observers(
         BUILT_IN_OBSERVERS if options.safe else config.observers_enabled,
         {*config.observers_disabled, *(() if cell.info.conntrack else ("conntrack",))},
@@ -106,6 +107,7 @@ class _Proxy:
             backend=cell.name,
             node_name=options.node_name,
             without=cell.info.adopts,
+            holds=lambda: self._engine.begun.holds if self._engine.begun else (),
             exclude_cidrs=options.config.values.get("ipvs.excludeCIDRs", ()),  # type: ignore[arg-type]
             log=get("takeover"),
             hold=lambda: reason_to_wait(self._engine.status),
@@ -236,10 +238,15 @@ class _Proxy:
             self._saver.changed()
 
     def _first_in_force(self) -> None:
+        threading.Thread(target=self._settle_in, name="takeover", daemon=True).start()
+
+    def _settle_in(self) -> None:
+        """What has to wait for rules in force; on a thread of its own."""
+        begun = self._engine.begun
         # Only now: what guards loopback addresses against other hosts is in force.
-        if Capability.LOCALHOST_NODE_PORT in self._cell.info.capabilities:
-            hostsetup.route_loopback(self._loaded.config, log=get("host"))
-        threading.Thread(target=self._takeover.after_first_sync, name="takeover", daemon=True).start()
+        if begun is not None and begun.loopback_node_ports:
+            hostsetup.route_loopback(self._loaded.config, begun.holds, log=get("host"))
+        self._takeover.after_first_sync()
 
     def _config_changed(self, difference: Difference, loaded: Loaded) -> None:
         """Take over what can change while we run; called on the reloader's thread."""

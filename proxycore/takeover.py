@@ -17,7 +17,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 
 import msgspec
 
@@ -41,11 +41,17 @@ DRAIN_SECONDS = 300.0
 """So long TCP connections through kube-proxy's IPVS virtual servers have to end by themselves."""
 _DRAIN_LOOK_SECONDS = 1.0
 _HOLD_LOOK_SECONDS = 2.0
+_STRANGERS_LOOK_SECONDS = 0.5
+_STRANGERS_SHARE = 0.1
+"""At most this share of the time goes into looking whether the backend's rules are another's."""
 _SHOWN = 6
 _STOP_IT = (
     "stop kube-proxy on this node (its DaemonSet: `kubectl -n kube-system delete daemonset kube-proxy`, or keep it off this "
     "node by a nodeSelector), then start this proxy again"
 )
+
+_COME_BACK = "its rules come back when they are removed"
+_CHANGES_OURS = "it changes the rules that this proxy goes on with"
 
 
 class Answer(msgspec.Struct, frozen=True, kw_only=True):
@@ -59,7 +65,8 @@ class Takeover:
     """One run's way of dealing with other owners of Services in its network namespace.
 
     `mode`: what is to be done about them; `backend`: the one in force.  `without`: parts of kube-proxy's that the backend in
-    force uses as its own.  `exclude_cidrs`: kube-proxy's `ipvs.excludeCIDRs`.  `pauses`: seconds between looks;
+    force uses as its own; `holds`: what of the part `iptables` it does, by names of tools, asked once it has started
+    (Started.holds; empty: all of it).  `exclude_cidrs`: kube-proxy's `ipvs.excludeCIDRs`.  `pauses`: seconds between looks;
     `drain_seconds`: how long open connections may keep IPVS virtual servers.  `hold`: why nothing of theirs may go yet,
     asked again until it says None; see `reason_to_wait`.
     """
@@ -72,6 +79,7 @@ class Takeover:
         log: Log,
         node_name: str = "localhost",
         without: Collection[Part] = (),
+        holds: Callable[[], Collection[str]] = tuple,
         exclude_cidrs: Collection[str] = (),
         pauses: Sequence[float] = LOOK_AGAIN_SECONDS,
         child_seconds: float = CHILD_SECONDS,
@@ -82,7 +90,9 @@ class Takeover:
         self._backend = backend
         self._log = log
         self._node_name = node_name
+        self._adopts = "iptables" in without
         self._without = frozenset(without)
+        self._holds = holds
         self._exclude_cidrs = tuple(exclude_cidrs)
         self._pauses = tuple(pauses)
         self._child_seconds = child_seconds
@@ -100,7 +110,7 @@ class Takeover:
         Raises KernelError: there are some, and the mode is `refuse`.
         """
         try:
-            found = self._look_at_all() if self._mode == "refuse" else self._look()
+            found = self._look(started=False)
         except Exception as error:
             if self._mode == "refuse":
                 raise KernelError(
@@ -122,7 +132,9 @@ class Takeover:
             )
         if self._mode == "auto":
             self._log.info(
-                "kube-proxy's rules are here; they go once ours are in force", found=list(found.summary())
+                "kube-proxy's rules are here; they go once ours are in force"
+                + (", those that the backend does not go on with" if self._adopts else ""),
+                found=list(found.summary()),
             )
 
     def after_first_sync(self) -> bool:
@@ -150,21 +162,34 @@ class Takeover:
 
     # -- kube-proxy --
 
-    def _look(self) -> Census:
-        found = kubeproxy.census(without=self._without, exclude_cidrs=self._exclude_cidrs)
+    def _look(self, *, started: bool = True) -> Census:
+        found = self._census() if started else self._census_before()
         for reason in found.unread:
             self._once("kube-proxy's rules may be here unseen", reason)
         return found
 
-    def _look_at_all(self) -> Census:
-        """Also at what the backend in force would go on with, as long as it does not bear its mark."""
-        if "iptables" not in self._without:
-            return self._look()
+    def _census(self) -> Census:
+        """What is not the backend's."""
+        held = self._held()
+        return kubeproxy.census(
+            without=self._without - {"iptables"} if held else self._without,
+            held=held,
+            exclude_cidrs=self._exclude_cidrs,
+        )
+
+    def _census_before(self) -> Census:
+        """What the backend goes on with is not known yet: all counts, but for what bears its mark."""
+        if not self._adopts:
+            return self._census()
         found = kubeproxy.census(without=self._without - {"iptables"}, exclude_cidrs=self._exclude_cidrs)
         marked = {tools for tools, rules in found.rules if rules.table == "nat" and MARKER in rules.chains}
         return msgspec.structs.replace(
             found, rules=tuple(item for item in found.rules if item[0] not in marked)
         )
+
+    def _held(self) -> Collection[str]:
+        """Names of tools whose rules the backend in force goes on with."""
+        return self._holds() if self._adopts else ()
 
     def _once(self, message: str, reason: str) -> None:
         if reason not in self._said:
@@ -202,9 +227,16 @@ class Takeover:
         self._clean_up_others()
         returns = 0
         seen, clean = self._expected, False
+        strangers: frozenset[str] = frozenset()
         failure: str | None = None
         for pause in (0.0, *self._pauses):
-            if self._stopping.wait(pause):
+            for now in self._strangers_for(pause):
+                # What stays away has not been taken away once more.
+                returns += bool(now - strangers)
+                strangers = now
+                if returns >= RETURNS:
+                    return self._fight_no_more(sorted(strangers), _CHANGES_OURS)
+            if self._stopping.is_set():
                 return self.problem is None
             try:
                 found = self._look()
@@ -212,16 +244,18 @@ class Takeover:
                 if found.removable:
                     # What is here before all was gone once has not come back.
                     returns += clean and found.at_work
-                    if returns == RETURNS:
-                        return self._fight_no_more(found)
+                    if returns >= RETURNS:
+                        return self._fight_no_more(found.summary(), _COME_BACK, ", and stay now beside ours")
                     seen, clean = True, False
                     self._remove(found)
-                elif not seen and not found.found:
+                elif not (seen or strangers or found.found):
                     return True
                 clean = True
             except KernelError as error:
                 failure = str(error)
                 self._once("some of kube-proxy's rules cannot be removed yet", failure)
+        if strangers:
+            return self._fight_no_more(sorted(strangers), _CHANGES_OURS)
         if failure is None and found.out_of_reach:
             failure = "; ".join(found.out_of_reach)
         if failure is not None:
@@ -229,6 +263,29 @@ class Takeover:
             return False
         self._log.info("the node is taken over: nothing of kube-proxy's has come back")
         return True
+
+    def _strangers_for(self, seconds: float) -> Iterator[frozenset[str]]:
+        """For so long, again and again: which of the backend's rules are another's, by tools.
+
+        The backend makes its marker anew within seconds, so that it is seen to be gone only by looking often; but what is
+        looked at may be large.  Ends early when we are to stop.
+        """
+        end = time.monotonic() + seconds
+        held = self._held()
+        while True:
+            began = time.monotonic()
+            if held:
+                try:
+                    yield kubeproxy.strangers(held)
+                except KernelError as error:
+                    self._once("cannot see whether kube-proxy is at work in our rules", str(error))
+            took = time.monotonic() - began
+            left = end - time.monotonic()
+            if left <= 0:
+                return
+            pause = max(_STRANGERS_LOOK_SECONDS, took / _STRANGERS_SHARE) if held else left
+            if self._stopping.wait(min(pause, left)):
+                return
 
     def _remove(self, found: Census) -> None:
         for reason in found.warnings():
@@ -263,13 +320,9 @@ class Takeover:
                 return False
         return True
 
-    def _fight_no_more(self, found: Census) -> bool:
-        self.problem = "kube-proxy is still running: its rules come back when they are removed"
-        self._log.error(
-            "kube-proxy is still running: its rules come back when they are removed, and stay now beside ours",
-            found=list(found.summary()),
-            do=_STOP_IT,
-        )
+    def _fight_no_more(self, found: Sequence[str], what: str, then: str = "") -> bool:
+        self.problem = f"kube-proxy is still running: {what}"
+        self._log.error(f"{self.problem}{then}", found=list(found), do=_STOP_IT)
         return False
 
     def _fail(self, message: str, reason: str) -> None:

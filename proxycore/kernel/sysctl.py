@@ -66,6 +66,15 @@ def apply(settings: Sequence[Setting], root: Path = Path("/")) -> Outcome:
     return Outcome(tuple(written), tuple(left))
 
 
+def differs(setting: Setting, root: Path = Path("/")) -> bool:
+    """Is there such a knob, and would apply() try to change it?"""
+    try:
+        before = int((root / setting.path.lstrip("/")).read_text())
+    except (OSError, ValueError):
+        return False
+    return before != setting.value and not (setting.only_raise and before > setting.value)
+
+
 def _set(setting: Setting, path: Path) -> Written | Left | None:
     try:
         before = int(path.read_text())

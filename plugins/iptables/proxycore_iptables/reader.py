@@ -226,8 +226,6 @@ class NftReader:
         told: list[str] = []
         where = str(self._tools)
         listing = xtables.save(self._tools, kubechains.read)
-        for table in listing.unreadable:
-            _check_readable(self._tools, table)
         for found in listing.tables:
             rules = kubechains.without_markers(found) if keep_markers else found
             if rules.empty:
@@ -235,6 +233,8 @@ class NftReader:
             for text in kubechains.removals(rules, chunk_of(self._tools)):
                 xtables.restore(self._tools, text)
             told += kubechains.tell(rules, where)
+        for table in listing.unreadable:
+            _check_readable(self._tools, table)
         return tuple(told)
 
     def close(self) -> None:
