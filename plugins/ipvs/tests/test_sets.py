@@ -9,6 +9,7 @@ import pytest
 from proxycore.api import KernelError
 from proxycore.kernel.ipsets import BUSY
 from proxycore.testing.netns import Namespace
+from proxycore_ipvs import setwire
 from proxycore_ipvs.fakesets import FakeSets
 from proxycore_ipvs.plainsets import PlainSets
 from proxycore_ipvs.setkernel import NetlinkSets
@@ -130,8 +131,9 @@ def test_what_is_there_already_is_written_anew(sets):
     sets.add(spec, {one: MARK})
     assert sets.add(spec, {one: REJECT, two: MARK}) == ()
     assert sets.members(spec) == {one: REJECT, two: MARK}
+    assert sets.add(spec, {one: None}) == ()
     assert sets.delete(spec, [two, two]) == ()
-    assert sets.members(spec) == {one: REJECT}
+    assert sets.members(spec) == {one: None}
 
 
 def test_refused_entries_are_named_and_the_others_hold(sets):
@@ -149,6 +151,25 @@ def test_refused_entries_are_named_and_the_others_hold(sets):
     assert refused == tuple(EntryRefusal(entry, EXIST, False) for entry in entries if entry in there)
     assert {refusal.reason for refusal in refused} == {"missing"}
     assert sets.members(spec) == {}
+
+
+@pytest.mark.root
+@pytest.mark.parametrize("every", [1, 2, 10, 1000])
+def test_refusals_cost_little_however_many_they_are(namespace, monkeypatch, every):
+    sets, spec = Inside(namespace, NetlinkSets), spec_of("hash:ip")
+    sets.create(spec)
+    entries = [Entry(f"10.0.{n >> 8}.{n & 255}") for n in range(2000)]
+    sets.add(spec, dict.fromkeys(entries[::every]))
+    sent = []
+
+    def change(name, packed, real=setwire.change):
+        sent.append(len(packed))
+        return real(name, packed)
+
+    monkeypatch.setattr(setwire, "change", change)
+    assert len(sets.add(spec, dict.fromkeys(entries), exclusive=True)) == len(entries[::every])
+    assert sum(sent) <= 3 * len(entries)
+    sets.close()
 
 
 def test_a_full_set_refuses_what_is_too_much(sets):
