@@ -9,6 +9,7 @@ import pytest
 
 from proxycore.api import FAMILIES, Family, FrontendKind, HostState, LocalPodsByCIDR, ServiceState, WhenEmpty
 from proxycore.policy import external_routes, internal_routes
+from proxycore.testing.clients import Call, ask, connected, who
 from proxycore.testing.flows import Traffic
 from proxycore.testing.lab import CLIENT_ADDRESSES, CLIENT_PLACES, ClientKind, Lab
 from proxycore.testing.netns import Namespace
@@ -16,15 +17,16 @@ from proxycore.testing.responder import join_host_port
 from proxycore.testing.scenario import Expect, ExpectEndpoints, ExpectVerdict, Flow
 from proxycore.testing.states import endpoint, frontend, host, name_of, node_port, pool, service
 from proxycore_ipvs import diff, netrules
-from proxycore_ipvs.contents import change_entries, spec_of
+from proxycore_ipvs.contents import change_entries, read_entries, spec_of
 from proxycore_ipvs.desired import Desired
+from proxycore_ipvs.diff import Drain, Held
 from proxycore_ipvs.entries import NODE_PORTS, SetKind, SetName
 from proxycore_ipvs.host import render_host
 from proxycore_ipvs.ids import Classes, Ids, Target
-from proxycore_ipvs.kernel import NetlinkKernel
+from proxycore_ipvs.kernel import NetlinkKernel, read_all
 from proxycore_ipvs.plane import Objects, render, target_of
 from proxycore_ipvs.setkernel import NetlinkSets
-from proxycore_ipvs.shape import shape_of
+from proxycore_ipvs.shape import Shape, shape_of
 
 from .meaning import wanted
 from .simulate import DROP, UNTOUCHED, Outcome, Packet
@@ -52,9 +54,7 @@ def install(found: Sequence[ServiceState], facts: HostState, family: Family) -> 
         objects = render(state, shape, ids.take(state.name), number)
         assert objects.unsupported == ()
         desired.put(state.name, objects)
-    plan = diff.plan(
-        diff.Held(), desired.everything(), marks=shape.marks, now=0.0, drain_seconds=60, draining={}
-    )
+    plan = diff.plan(Held(), desired.everything(), marks=shape.marks, now=0.0, drain_seconds=60, draining={})
     with NetlinkSets() as sets, NetlinkKernel() as kernel:
         for kind in SetKind:
             assert sets.create(spec_of(SetName(family, kind)))
@@ -186,3 +186,49 @@ def test_every_client_gets_what_the_model_says(
             assert said == []
         finally:
             traffic.close()
+
+
+def test_an_open_connection_outlives_its_service(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("XTABLES_LOCKFILE", str(tmp_path / "xtables.lock"))
+    call = Call("external", CLIENT_ADDRESSES["external"][0], "172.30.0.1")
+    state = service(name_of(), frontend("172.30.0.1"), cluster=["10.180.1.5:8080"])
+    shape = shape_of(FACTS, "IPv4")
+
+    def step(wanted: Objects, now: float, draining: dict[Drain, float]) -> diff.Plan:
+        with NetlinkSets() as sets, NetlinkKernel() as kernel:
+            held = Held(
+                diff.held_servers(read_all(kernel), shape.marks),
+                read_entries(sets, [SetName("IPv4", kind) for kind in SetKind]),
+            )
+            plan = diff.plan(held, wanted, marks=shape.marks, now=now, drain_seconds=60, draining=draining)
+            assert kernel.run(plan.first) == ()
+            assert change_entries(sets, plan.sets) == ()
+            assert kernel.run(plan.last) == ()
+        return plan
+
+    with Lab([8080]) as lab:
+        lab.put({call.source: "world"})
+        arrange(lab.node, [state], FACTS, "IPv4")
+        with connected(lab, call) as made:
+            assert who(made) == "10.180.1.5:8080"
+            rest = Objects(entries=render_host(FACTS, "IPv4"))
+            plan = lab.node.call(lambda: step(rest, 0.0, {}))
+            assert list(plan.draining.values()) == [60.0]
+            assert who(made) == "10.180.1.5:8080"
+            with pytest.raises(OSError):
+                connected(lab, call)
+            again = lab.node.call(lambda: step(rest, 59.0, dict(plan.draining)))
+            assert again.is_empty
+            assert who(made) == "10.180.1.5:8080"
+            back = lab.node.call(lambda: step(_with(rest, state, shape), 59.5, dict(again.draining)))
+            assert not back.draining
+            assert ask(lab, call) == who(made) == "10.180.1.5:8080"
+            gone = lab.node.call(lambda: step(rest, 100.0, {}))
+            over = lab.node.call(lambda: step(rest, 160.0, dict(gone.draining)))
+            assert [str(each) for each in over.last] == [f"-D -f {0x40000001}"]
+            assert over.remaining == frozenset()
+
+
+def _with(rest: Objects, state: ServiceState, shape: Shape) -> Objects:
+    objects = render(state, shape, 1)
+    return Objects(objects.servers, {**rest.entries, **objects.entries})
