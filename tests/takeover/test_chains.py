@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from proxycore import kubechains
 
@@ -144,3 +148,109 @@ COMMIT
 )
 def test_what_shows_a_kube_proxy_at_work(chains, at_work):
     assert kubechains.is_at_work(kubechains.TableRules(table="nat", chains=chains)) == at_work
+
+
+# -- in pieces --
+
+
+def named(kind: str, number: int) -> str:
+    return (
+        f"KUBE-{kind}-{number:016d}".replace("0", "A").replace("1", "Z").replace("8", "X").replace("9", "Y")
+    )
+
+
+@st.composite
+def rulesets(draw) -> dict[str, list[str]]:
+    """Chains of nat with where their rules lead to, in any order, as proxycore, or kube-proxy of any age, makes them."""
+    counts = st.integers(0, 7)
+    kinds = {
+        kind: [named(kind, n) for n in range(draw(counts))]
+        for kind in ("FW", "EXT", "XLB", "SVC", "SVL", "SEP")
+    }
+    trees = [f"KUBE-SVC-TREE.{n:08x}.8" for n in range(draw(counts))]
+
+    def some(*of: str) -> list[str]:
+        names = [name for kind in of for name in kinds[kind]]
+        return draw(st.lists(st.sampled_from(names), max_size=3)) if names else []
+
+    found = {
+        tree: draw(st.lists(st.sampled_from(trees[n + 1 :] or ["KUBE-MARK-MASQ"]), max_size=2))
+        for n, tree in enumerate(trees)
+    }
+    for tree in trees:
+        found[tree] = [*found[tree], *some("FW", "EXT", "SVC", "SVL")]
+    for name in kinds["FW"]:
+        found[name] = some("EXT", "XLB", "SVC")
+    for name in (*kinds["EXT"], *kinds["XLB"]):
+        found[name] = ["KUBE-MARK-MASQ", *some("SVC", "SVL", "SEP")]
+    for name in (*kinds["SVC"], *kinds["SVL"]):
+        found[name] = ["KUBE-MARK-MASQ", *some("SEP")]
+    for name in kinds["SEP"]:
+        found[name] = ["KUBE-MARK-MASQ"]
+    found["KUBE-SERVICES"] = ["KUBE-NODEPORTS", *trees[:1], *some("SVC", "FW")]
+    found["KUBE-NODEPORTS"] = some("EXT")
+    found["KUBE-MARK-MASQ"] = []
+    for name in kubechains.MARKERS:
+        found[name] = []
+    return dict(draw(st.permutations(list(found.items()))))
+
+
+@given(
+    chains=rulesets(),
+    size=st.integers(1, 50),
+    used=st.sampled_from([None, "KUBE-MARK-MASQ", "KUBE-NODEPORTS", "KUBE-SVC-PROXYCORE"]),
+)
+def test_in_pieces_no_chain_goes_that_something_leads_to_and_the_markers_are_last(chains, size, used):
+    foreign = f"-A MINE -j {used}"
+    rules = kubechains.TableRules(
+        table="nat",
+        chains=tuple(chains),
+        jumps=("-A OUTPUT -j KUBE-SERVICES", "-A PREROUTING -j KUBE-SERVICES"),
+        used={used: foreign} if used else {},
+        filled=frozenset(name for name, leads in chains.items() if leads),
+    )
+    there = {name: list(leads) for name, leads in chains.items()}
+    there |= {"OUTPUT": ["KUBE-SERVICES"], "PREROUTING": ["KUBE-SERVICES"], "MINE": [used] if used else []}
+    texts = list(kubechains.removals(rules, size))
+    for number, text in enumerate(texts):
+        for line in text.splitlines():
+            if line.startswith(":"):
+                there[line[1:].partition(" ")[0]] = []
+            elif line.startswith("-D"):
+                there[line.split()[1]].remove(line.split()[-1])
+            elif line.startswith("-X"):
+                name = line.split()[1]
+                assert there.pop(name) == []
+                assert name not in itertools.chain.from_iterable(there.values())
+        if number == 0:
+            # No packet comes to kube-proxy's part from the first input on.
+            assert there["OUTPUT"] == there["PREROUTING"] == []
+            assert not there.get("KUBE-SERVICES")
+    assert set(there) - {"OUTPUT", "PREROUTING", "MINE"} == ({used} if used else set())
+    if len(chains) > 2 * size:
+        touched = [sum(line.startswith((":", "-X")) for line in text.splitlines()) for text in texts]
+        assert len(texts) > 2
+        assert max(touched) <= max(2 * size, 2 * 5)
+
+
+def test_few_chains_go_at_once_and_legacy_always():
+    [nat] = kubechains.read(LISTING.splitlines()[:15]).tables
+    assert list(kubechains.removals(nat, 1000)) == list(kubechains.removals(nat)) == [kubechains.removal(nat)]
+    many = kubechains.TableRules(table="nat", chains=tuple(named("SVC", n) for n in range(2500)))
+    assert len(list(kubechains.removals(many))) == 1
+    assert list(kubechains.removals(kubechains.TableRules(table="nat"), 1)) == []
+
+
+def test_the_markers_can_stay_till_the_end():
+    rules = kubechains.TableRules(
+        table="nat",
+        chains=("KUBE-SVC-LOCALNET", "KUBE-SERVICES", "KUBE-SVC-PROXYCORE"),
+        jumps=("-A OUTPUT -j KUBE-SERVICES",),
+    )
+    rest, markers = kubechains.without_markers(rules), kubechains.markers(rules)
+    assert (rest.chains, rest.jumps) == (("KUBE-SERVICES",), rules.jumps)
+    assert (markers.chains, markers.jumps) == (("KUBE-SVC-LOCALNET", "KUBE-SVC-PROXYCORE"), ())
+    assert kubechains.without_markers(markers).empty
+    assert [*kubechains.tell(markers, "iptables-nft")] == [
+        "iptables-nft nat: chains KUBE-SVC-LOCALNET, KUBE-SVC-PROXYCORE"
+    ]
