@@ -271,8 +271,9 @@ def restore(tools: Tools, text: str, lock_seconds: int = LOCK_SECONDS, *, test: 
     `lock_seconds`: so long the xtables lock may be another's; the nft variant needs none.  `test`: only see whether the tool
     can read the input, and the kernel knows its matches and targets; nothing is changed, but legacy makes tables.
 
-    Raises RestoreRefused, which says what holds then; LockHeld: nothing was changed; KernelError: the tool could not be
-    run (nothing was changed), or was ended because it took too long: each table is as it was or as it should be.
+    Raises RestoreRefused, which says what holds then; LockHeld: the lock is taken for each table anew, so that tables
+    before the one for which it was held are in force; KernelError: the tool could not be run (nothing was changed), or
+    was ended because it took too long: each table is as it was or as it should be.
     """
     try:
         done = subprocess.run(

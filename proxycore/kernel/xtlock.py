@@ -32,7 +32,7 @@ class Holder(NamedTuple):
 
 
 class LockHeld(KernelError):
-    """Somebody else kept the xtables lock for longer than we waited; nothing was changed.
+    """Somebody else kept the xtables lock for longer than we waited; nothing was changed under it.
 
     `holders`: who has it, as far as that can be seen from our PID namespace.
     """

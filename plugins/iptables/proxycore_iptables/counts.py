@@ -6,7 +6,7 @@ A rule of the nat table is met once for each connection.
 from __future__ import annotations
 
 import ipaddress
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 
 from proxycore.api import Counters, Family, KernelObject, ServicePortName
 
@@ -16,72 +16,91 @@ from .rules import NODE_PORTS, SERVICES, Entry, Place, Rule, Rules
 from .ruleset import Ruleset
 
 _DNAT = "--to-destination "
-_Seen = dict[tuple[Family, str, Rule], tuple[int, int]]
-"""By rule: what it counted before its chain was last rewritten, and its count of last time."""
+_ONE_BY_ONE = 50
+"""So many chains of the nft variant are sooner read one by one than with all others; legacy has no such choice."""
+_Seen = tuple[int, int] | None
+"""What to add to a rule's count, and its count of last time; None: the next count is where to begin."""
 
 
 class Totals:
-    """Connections since the start: a rule's own counter begins anew when its chain is rewritten."""
+    """Connections since the start: a rule's own counter begins anew when its chain is rewritten.
 
-    def __init__(self) -> None:
-        self._seen: _Seen = {}
+    `adopted`: families whose rules were there before, and have counted: what their first reading says is taken for nothing.
+    """
 
-    def read(self, ruleset: Ruleset, live: Live) -> Iterator[Counters]:
-        """Counters of every Service port of a family.  Raises KernelError."""
-        counted = _Counted(live.counters())
+    def __init__(self, adopted: Collection[Family] = ()) -> None:
+        self._to_begin = set(adopted)
+        self._seen: dict[Family, dict[str, _Seen]] = {}
+
+    def read(self, ruleset: Ruleset, live: Live) -> tuple[Counters, ...]:
+        """Counters of every Service port of a family.  Raises KernelError: the next reading goes on where the last one was."""
+        family = ruleset.family
+        counts = live.counters()
+        tally = _Tally(self._seen.get(family, {}), begins=family in self._to_begin)
         frontends: dict[Rule, tuple[ServicePortName, str]] = {}
         by_endpoint: dict[ServicePortName, dict[str, int]] = {}
         by_frontend: dict[ServicePortName, dict[str, int]] = {}
-        fresh: _Seen = {}
         for name in ruleset.states:
             rules = ruleset.rules_of(name)
-            by_endpoint[name], by_frontend[name] = {}, {}
+            to_endpoints = by_endpoint[name] = {}
+            by_frontend[name] = {}
             for chain, own in rules.chains.items():
                 if _DNAT in own[-1]:
                     endpoint = own[-1].rpartition(_DNAT)[2].partition(" ")[0]
-                    packets = counted.of(chain, own)[own[-1]]
-                    _add(
-                        by_endpoint[name],
-                        endpoint,
-                        self._total(ruleset.family, chain, own[-1], packets, fresh),
-                    )
+                    packets = _packets(counts, chain, own)
+                    _add(to_endpoints, endpoint, tally.total(chain, packets[-1] if packets else None))
             for place in (SERVICES, NODE_PORTS):
                 for entry in rules.entries.get(place, ()):
                     frontends[entry.rule] = name, _frontend(entry)
-        for place in (SERVICES, NODE_PORTS):
-            for chain, shared in ruleset.shared[place].chains().items() if frontends else ():
-                for rule, packets in counted.of(chain, shared).items():
+        for place in (SERVICES, NODE_PORTS) if frontends else ():
+            for chain, shared in ruleset.shared[place].chains().items():
+                numbers = _packets(counts, chain, shared) or (None,) * len(shared)
+                for rule, number in zip(shared, numbers, strict=True):
                     if known := frontends.get(rule):
-                        total = self._total(ruleset.family, "", rule, packets, fresh)
-                        _add(by_frontend[known[0]], known[1], total)
-        self._seen = {key: value for key, value in self._seen.items() if key[0] != ruleset.family} | fresh
-        for name in ruleset.states:
-            yield Counters(
+                        _add(by_frontend[known[0]], known[1], tally.total(rule, number))
+        self._seen[family] = tally.fresh
+        if ruleset.shape is not None:
+            self._to_begin.discard(family)
+        return tuple(
+            Counters(
                 name=name,
                 connections=sum(by_endpoint[name].values()),
                 by_frontend=by_frontend[name],
                 by_endpoint=by_endpoint[name],
             )
+            for name in ruleset.states
+        )
 
-    def _total(self, family: Family, chain: str, rule: Rule, packets: int, fresh: _Seen) -> int:
-        base, last = self._seen.get((family, chain, rule), (0, 0))
-        if packets < last:
-            base += last
-        fresh[family, chain, rule] = base, packets
+
+class _Tally:
+    """One reading.  `before`: what is known of the last one; `begins`: there was none, and rules have counted before."""
+
+    def __init__(self, before: Mapping[str, _Seen], *, begins: bool) -> None:
+        self._before = before
+        self._begins = begins
+        self.fresh: dict[str, _Seen] = {}
+
+    def total(self, rule: str, packets: int | None) -> int:
+        """Of a rule, by a name for it.  None: its chain is not as it should be; what it counted last time stays."""
+        before = self._before.get(rule)
+        if packets is None:
+            if before is not None or rule in self._before or self._begins:
+                self.fresh[rule] = before
+            return sum(before or ())
+        if before is None:
+            base = -packets if self._begins or rule in self._before else 0
+        else:
+            base, last = before
+            if packets < last:
+                base += last
+        self.fresh[rule] = base, packets
         return base + packets
 
 
-class _Counted:
-    """Packets by the rules that should be there; none where a chain is not as it should be."""
-
-    def __init__(self, counts: Counts) -> None:
-        self._counts = counts
-
-    def of(self, chain: str, rules: Rules) -> Mapping[Rule, int]:
-        counts = self._counts.get(("nat", chain), ())
-        if len(counts) != len(rules):
-            return dict.fromkeys(rules, 0)
-        return {rule: count.packets for rule, count in zip(rules, counts, strict=True)}
+def _packets(counts: Counts, chain: str, rules: Rules) -> Sequence[int]:
+    """Packets that met the rules that should be there, by position; nothing if the chain is not as it should be."""
+    found = counts.get(("nat", chain), ())
+    return [count.packets for count in found] if len(found) == len(rules) else ()
 
 
 def _add(totals: dict[str, int], key: str, more: int) -> None:
@@ -103,13 +122,25 @@ def inspect(ruleset: Ruleset, live: Live, name: ServicePortName) -> tuple[Kernel
     wanted = {entry.rule for entries in rules.entries.values() for entry in entries}
     roots = [root for place in rules.entries for root in _with_nodes(ruleset, place, wanted)]
     own = [Place("nat", chain) for chain in reversed(list(rules.chains))]
-    there = live.rules([*roots, *own])
+    there = _rules(live, [*roots, *own])
     objects: list[KernelObject] = []
     for root in roots:
         objects += _shown(live, root, (rule for rule in there.get(root, ()) if rule in wanted))
     for place in own:
         objects += _shown(live, place, there.get(place, ()))
     return tuple(objects)
+
+
+def _rules(live: Live, places: Collection[Place]) -> Mapping[Place, Rules]:
+    """Rules of those of these chains that are there, as the listing has them."""
+    if len(places) <= _ONE_BY_ONE:
+        return {
+            place: tuple(rule.replace("--nfacct-name  ", "--nfacct-name ") for rule in rules)
+            for place, rules in live.rules(places).items()
+        }
+    listing = live.read({place.chain for place in places})
+    found = {place: listing.table(place.table).rules.get(place.chain) for place in places}
+    return {place: rules for place, rules in found.items() if rules is not None}
 
 
 def _with_nodes(ruleset: Ruleset, place: Place, wanted: set[Rule]) -> Iterator[Place]:

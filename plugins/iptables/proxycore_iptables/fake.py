@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
 from proxycore.api import BackendContext, Family, KernelError
-from proxycore.kernel.xtables import RestoreRefused, Variant
+from proxycore.kernel.xtables import LockHeld, RestoreRefused, Variant
 from proxycore.kubechains import target_of
 
 from .listing import Listing, read
@@ -31,6 +31,9 @@ class FakeTables:
 
     `refuse_line(rule)`: the tool names the line of such a rule; `refuse_commit(rule)`: the kernel refuses the table and
     nobody is named.  `die_after`: so many sections are committed, then the process is gone (KernelError), once.
+    `lock_after`: so many are committed, then somebody else has the lock (LockHeld), once; 0: from the start.
+    `incompatible`: tables that the tool cannot read, and leaves out of its listing.  `met`: packets that met a rule, by
+    table, chain and rule; none once its chain was rewritten.
     """
 
     def __init__(self, family: Family, variant: Variant = "nft") -> None:
@@ -43,6 +46,9 @@ class FakeTables:
         self.refuse_line: Callable[[str], bool] = lambda rule: False
         self.refuse_commit: Callable[[str], bool] = lambda rule: False
         self.die_after: int | None = None
+        self.lock_after: int | None = None
+        self.incompatible: set[str] = set()
+        self.met: dict[tuple[str, str, str], int] = {}
 
     # -- Live --
 
@@ -58,7 +64,7 @@ class FakeTables:
 
     def counters(self) -> Counts:
         return {
-            (table, chain): tuple(Count(0, 0) for _ in rules)
+            (table, chain): tuple(Count(self.met.get((table, chain, rule), 0), 0) for rule in rules)
             for table, chains in self.tables.items()
             for chain, rules in chains.items()
             if shown(table, chain)
@@ -77,24 +83,39 @@ class FakeTables:
     def restore(self, text: str, sections: Sequence[Section]) -> None:
         self.texts.append(text)
         table, chains = "", Chains()
+        rewritten: set[str] = set()
         done = 0
         for number, line in enumerate(text.splitlines(), start=1):
             if line.startswith("*"):
-                table = line[1:]
+                # The tool takes the lock for each table anew.
+                if done == self.lock_after:
+                    self.lock_after = None
+                    raise LockHeld(1, (), "fake.lock")
+                table, rewritten = line[1:], set()
                 chains = {chain: list(rules) for chain, rules in self.tables[table].items()}
             elif line == "COMMIT":
                 self._commit(table, chains, number)
+                self.met = {
+                    key: count
+                    for key, count in self.met.items()
+                    if key[0] != table or (key[1] not in rewritten and key[2] in chains.get(key[1], ()))
+                }
                 done += 1
                 if done == self.die_after:
                     self.die_after = None
                     raise KernelError("killed")
             else:
                 self._line(chains, line, number)
+                if line.startswith(":"):
+                    rewritten.add(line[1:].partition(" ")[0])
 
     def save(self) -> str:
         """As `iptables-save` prints it."""
         lines = []
         for table, chains in self.tables.items():
+            if table in self.incompatible:
+                lines.append(f"# Table `{table}' is incompatible, use 'nft' tool.")
+                continue
             lines.append(f"*{table}")
             lines += [f":{chain} {'ACCEPT' if chain in BUILT_IN[table] else '-'} [0:0]" for chain in chains]
             lines += [f"-A {chain} {rule}" for chain, rules in chains.items() for rule in rules]
@@ -108,11 +129,19 @@ class FakeTables:
             chains[line[1:].partition(" ")[0]] = []
             return
         verb, chain, rule = (line.split(" ", 2) + [""])[:3]
+        if verb == "-N":
+            if chain in chains:
+                raise _refused(number, f"chain {chain} exists")
+            chains[chain] = []
+            return
         if verb == "-X":
             if chains.get(chain):
                 raise _refused(number, f"chain {chain} is not empty")
             if chain not in chains:
                 raise _refused(number, f"no chain {chain}")
+            user = next((name for name, rules in chains.items() if _leads(name, rules, chain)), None)
+            if user is not None:
+                raise _refused(number, f"chain {chain} is in use by {user}")
             del chains[chain]
             return
         if chain not in chains:
@@ -149,6 +178,10 @@ class FakeTables:
         self.tables[table] = chains
 
 
+def _leads(name: str, rules: Iterable[str], to: str) -> bool:
+    return any(to in rule and target_of(f"-A {name} {rule}") == to for rule in rules)
+
+
 def _refused(line: int | None, said: str) -> RestoreRefused:
     return RestoreRefused(f"refused: {said}", line=line, lines=(line,) if line else (), said=said)
 
@@ -168,9 +201,6 @@ class FakeStamps:
 
 class FakeHost:
     """A host of fake tables, which outlive the backend."""
-
-    why = "it is a fake"
-    others: tuple[str, ...] = ()
 
     def __init__(self, variant: Variant = "nft", families: Sequence[Family] = ("IPv4", "IPv6")) -> None:
         self.variant: Variant = variant

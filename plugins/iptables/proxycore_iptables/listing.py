@@ -17,7 +17,6 @@ from .rules import NODE_PORTS, Rule, Rules, mark
 
 _LEADS_TO = re.compile(r" -[jg] (\S+)")
 _INCOMPATIBLE = re.compile(r"# Table `([^']*)' is incompatible")
-_COUNTED = re.compile(r"\[(\d+):(\d+)\] -A (\S+) ?(.*)")
 
 
 class TableListing(msgspec.Struct, frozen=True, kw_only=True):
@@ -183,8 +182,10 @@ def counters(lines: Iterable[str]) -> Iterator[Counted]:
     """Every rule in the output of `iptables-save -c`, in its order."""
     table = ""
     for line in lines:
-        if line.startswith("*"):
+        if line.startswith("["):
+            numbers, _, rest = line.partition("] -A ")
+            packets, _, size = numbers.partition(":")
+            chain, _, rule = rest.rstrip("\n").partition(" ")
+            yield Counted(table, chain, rule, int(packets[1:]), int(size))
+        elif line.startswith("*"):
             table = line[1:].strip()
-        elif found := _COUNTED.match(line):
-            packets, size, chain, rule = found.groups()
-            yield Counted(table, chain, rule, int(packets), int(size))
