@@ -214,7 +214,9 @@ def test_where_there_is_no_guest(tmp_path, environment, how):
     (tmp_path / "test_dying.py").write_text(DYING.format(deed=""))
     found = pytest_here(tmp_path, conftest=NO_GUEST, **environment)
     assert [outcome(case) for case in found.values()] == [how] * 3
-    assert "no IPVS in this kernel, and no linux.uml here: get it" in text(found["test_dying.test_before"])
+    assert "no IPVS in this kernel (modprobe ip_vs may change that), and no linux.uml here: get it" in text(
+        found["test_dying.test_before"]
+    )
 
 
 FAKE_GUEST = (

@@ -35,7 +35,7 @@ INSIDE = "PROXYCORE_GUEST_TESTS"
 """Set in the guest only: the host's folder for names and news."""
 REQUIRE = "PROXYCORE_REQUIRE_IPVS"
 GROUP = "ipvs-guest"
-MEMORY = "1G"
+HINT = " (modprobe ip_vs may change that)"
 TEST_SECONDS = 300.0
 """The longest that a test may take where pytest-timeout does not say."""
 GRACE_SECONDS = 60.0
@@ -50,7 +50,8 @@ def pytest_configure(config: pytest.Config) -> None:
         "markers",
         "ipvs: needs IPVS in the kernel; runs in a guest of user-mode Linux where the host's has none",
     )
-    folder = os.environ.get(INSIDE)
+    # Not for a pytest that one of the tests starts.
+    folder = os.environ.pop(INSIDE, None)
     role = Inside(config, Path(folder)) if folder else Outside(config)
     config.pluginmanager.register(role, "proxycore-ipvs-tests")
 
@@ -100,7 +101,7 @@ class Outside:
         if (reason := guest.problem()) is not None:
             if not os.environ.get(REQUIRE):
                 for item in marked:
-                    item.add_marker(pytest.mark.skip(reason=f"no IPVS in this kernel, and {reason}"))
+                    item.add_marker(pytest.mark.skip(reason=f"no IPVS in this kernel{HINT}, and {reason}"))
             return
         self.names = {item: item.nodeid for item in marked}
         limits = [_limit(item) for item in marked]
@@ -129,7 +130,7 @@ class Outside:
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtest_setup(self, item: pytest.Item) -> None:
         if os.environ.get(REQUIRE) and item.get_closest_marker("ipvs") and not ipvs.there():
-            pytest.fail(f"no IPVS in this kernel, and {guest.problem()}", pytrace=False)
+            pytest.fail(f"no IPVS in this kernel{HINT}, and {guest.problem()}", pytrace=False)
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtest_protocol(self, item: pytest.Item, nextitem: pytest.Item | None) -> bool | None:
@@ -193,7 +194,6 @@ class Group:
                 writable=[self._folder],
                 environment=_environment(self._folder),
                 directory=config.invocation_params.dir,
-                memory=MEMORY,
             )
         except (KernelError, OSError) as error:
             self._end = str(error)
