@@ -5,7 +5,7 @@ from __future__ import annotations
 from enum import Enum
 from typing import Literal, NamedTuple
 
-from proxycore.api import Family, Protocol
+from proxycore.api import Family, Protocol, family_of
 
 SetType = Literal["hash:ip,port", "bitmap:port", "hash:ip", "hash:net", "hash:ip,port,net", "hash:ip,port,ip"]
 MOST_ENTRIES = 1 << 20
@@ -121,3 +121,10 @@ def vip(family: Family, address: str, protocol: Protocol, port: int) -> Entry:
 def node_port(family: Family, protocol: Protocol, port: int) -> Entry:
     """Where a value is found by port alone."""
     return Entry(SetName(family, NODE_PORTS[protocol]), None, protocol, port)
+
+
+def halves(cidr: str) -> tuple[str, ...]:
+    """A CIDR as sets take it: they know no length 0, so that is written as its two halves."""
+    if not cidr.endswith("/0"):
+        return (cidr,)
+    return ("0.0.0.0/1", "128.0.0.0/1") if family_of(cidr) == "IPv4" else ("::/1", "8000::/1")

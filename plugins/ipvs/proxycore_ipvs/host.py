@@ -6,8 +6,7 @@ from collections.abc import Mapping
 
 from proxycore.api import Family, HostState, family_of
 
-from .entries import Entry, SetKind, SetName
-from .sets import halves
+from .entries import Entry, SetKind, SetName, halves
 
 
 def is_loopback(address: str) -> bool:

@@ -6,7 +6,8 @@ the mark of a virtual server, bit by bit.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
+from functools import lru_cache
 from typing import NamedTuple
 
 import msgspec
@@ -21,33 +22,38 @@ LAST_CLASS = 15
 """Classes of target ports are numbered from 1; 0 is none."""
 
 
-def _bits(mask: int) -> Iterator[int]:
-    """Single bits of a mask, lowest first."""
-    while mask:
-        lowest = mask & -mask
-        yield lowest
-        mask ^= lowest
+@lru_cache(maxsize=64)
+def _runs(mask: int) -> tuple[tuple[int, int, int], ...]:
+    """Bits in a row, lowest first: where they begin in a mark, where in a number, and how many as a mask from bit 0."""
+    found = []
+    place = start = 0
+    while mask >> start:
+        if not mask >> start & 1:
+            start += 1
+            continue
+        width = 1
+        while mask >> start + width & 1:
+            width += 1
+        found.append((start, place, (1 << width) - 1))
+        start, place = start + width, place + width
+    return tuple(found)
 
 
 def spread(number: int, mask: int) -> int:
     """A number written into the bits of a mask, lowest first.  Raises ValueError if it has no room there."""
-    found = 0
-    left = number
-    for bit in _bits(mask):
-        if left & 1:
-            found |= bit
-        left >>= 1
-    if left:
+    if number < 0 or number >> mask.bit_count():
         raise ValueError(f"{number} has no room in the bits 0x{mask:x}")
+    found = 0
+    for start, place, ones in _runs(mask):
+        found |= (number >> place & ones) << start
     return found
 
 
 def gathered(mark: int, mask: int) -> int:
     """The number that spread() wrote."""
     found = 0
-    for place, bit in enumerate(_bits(mask)):
-        if mark & bit:
-            found |= 1 << place
+    for start, place, ones in _runs(mask):
+        found |= (mark >> start & ones) << place
     return found
 
 

@@ -15,7 +15,6 @@ from .fates import Fates
 from .ids import FrontendKey, Target
 from .marks import Parts
 from .servers import PERSISTENT, SCHEDULER_FLAGS, ByMark, Destination, Server
-from .sets import halves
 from .shape import Shape
 
 _WEIGHTED = {"rr": "wrr", "lc": "wlc"}
@@ -159,7 +158,7 @@ class _Rendering:
         at = (address, frontend.protocol, frontend.port)
         self.entries[Entry(self._set(SetKind.FIREWALLED), *at)] = None
         for cidr in ranges:
-            for part in halves(cidr):
+            for part in entries.halves(cidr):
                 self.entries[Entry(self._set(SetKind.ADMITTED), *at, part)] = None
 
     def server(self, name: PoolName, pool: Pool, affinity_seconds: int | None) -> None:
