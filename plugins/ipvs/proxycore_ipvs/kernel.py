@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import errno as errnos
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Protocol, Self
 
@@ -27,10 +26,9 @@ from proxycore.kernel.netlink import (
 
 from . import wire
 from .layout import Reader, T
+from .link import Link, answers
 from .parse import destination_reader, server_reader
 from .servers import DestinationState, Key, Operation, Refusal, ServerState, Timeouts
-
-ANSWER_SECONDS = 30.0
 
 
 class Kernel(Protocol):
@@ -86,28 +84,15 @@ class NetlinkKernel:
     """
 
     def __init__(self) -> None:
-        self._socket = self._open()
+        self._link = Link(NETLINK_GENERIC)
         try:
-            self._family = family_number(self._socket, "IPVS")
-        except TimeoutError as error:
-            self._socket.close()
-            raise KernelError(
-                "the kernel does not say whether it has IPVS", errno=errnos.ETIMEDOUT
-            ) from error
+            with self._link.during("ask for IPVS") as socket:
+                self._family = family_number(socket, "IPVS")
         except BaseException:
-            self._socket.close()
+            self._link.close()
             raise
         self._destinations = destination_reader()
         self._servers = server_reader()
-
-    @staticmethod
-    def _open() -> NetlinkSocket:
-        return NetlinkSocket(
-            NETLINK_GENERIC,
-            receive_buffer_bytes=4 << 20,
-            send_buffer_bytes=1 << 20,
-            timeout_seconds=ANSWER_SECONDS,
-        )
 
     def __enter__(self) -> Self:
         return self
@@ -118,29 +103,30 @@ class NetlinkKernel:
         self.close()
 
     def close(self) -> None:
-        self._socket.close()
+        self._link.close()
 
     def run(self, operations: Sequence[Operation]) -> tuple[Refusal, ...]:
         if not operations:
             return ()
-        first = self._socket.reserve(len(operations))
+        first = self._link.socket.reserve(len(operations))
         faults: dict[int, NetlinkFault] = {}
         # Packed to the end before anything is sent, so that a value without room leaves nothing done.
         packed = list(wire.datagrams(operations, self._family, first))
-        with self._reopening("change IPVS"):
+        with self._link.during("change IPVS") as socket:
             for datagram in packed:
-                self._socket.send(datagram.data)
-                self._collect(datagram.last, faults)
+                socket.send(datagram.data)
+                self._collect(socket, datagram.last, faults)
         return tuple(
             Refusal(seq - first, operations[seq - first], fault.errno, fault.text)
             for seq, fault in sorted(faults.items())
             if first <= seq < first + len(operations)
         )
 
-    def _collect(self, last: int, faults: dict[int, NetlinkFault]) -> None:
+    @staticmethod
+    def _collect(socket: NetlinkSocket, last: int, faults: dict[int, NetlinkFault]) -> None:
         """Read answers until the one to the request `last`."""
         while True:
-            for reply in self._socket.receive():
+            for reply in socket.receive():
                 if reply.type != NLMSG_ERROR:
                     continue
                 fault = error_of(reply)
@@ -174,8 +160,8 @@ class NetlinkKernel:
             raise KernelError(f"IPVS does not tell its timeouts: no attribute {error}") from None
 
     def set_timeouts(self, wanted: Timeouts) -> None:
-        with self._reopening("set IPVS's timeouts"):
-            fault = self._socket.transact(
+        with self._link.during("set IPVS's timeouts") as socket:
+            fault = socket.transact(
                 self._family, GENLMSGHDR.pack(wire.SET_CONFIG, wire.VERSION) + wire.timeouts(wanted)
             )
         if fault is not None:
@@ -183,25 +169,21 @@ class NetlinkKernel:
 
     def _ask(self, command: int, attributes: bytes, doing: str) -> memoryview:
         """Body of the answer to a request for one thing."""
-        with self._reopening(doing):
-            seq = self._socket.request(self._family, GENLMSGHDR.pack(command, wire.VERSION) + attributes)
-            while True:
-                for reply in self._socket.receive():
-                    if reply.seq != seq:
-                        continue
-                    fault = error_of(reply)
-                    if fault is not None:
-                        raise _Refused(f"cannot {doing}: {fault}", errno=fault.errno)
-                    if reply.type == self._family:
-                        return reply.body
+        with self._link.during(doing) as socket:
+            seq = socket.request(self._family, GENLMSGHDR.pack(command, wire.VERSION) + attributes)
+            reply = next(reply for reply in answers(socket, seq) if reply.type in (self._family, NLMSG_ERROR))
+        fault = error_of(reply)
+        if fault is not None:
+            raise KernelError(f"cannot {doing}: {fault}", errno=fault.errno)
+        return reply.body
 
     def _dump(self, command: int, attributes: bytes, reader: Reader[T]) -> list[T]:
         found: list[T] = []
         append, read, family = found.append, reader.read, self._family
         header, skip = HEADER.unpack_from, HEADER.size + GENLMSGHDR.size
-        with self._reopening("read IPVS"):
+        with self._link.during("read IPVS") as socket:
             body = GENLMSGHDR.pack(command, wire.VERSION) + attributes
-            for datagram in self._socket.dump_datagrams(family, body):
+            for datagram in socket.dump_datagrams(family, body):
                 offset, end = 0, len(datagram)
                 while offset + skip <= end:
                     length, kind, _, _, _ = header(datagram, offset)
@@ -209,27 +191,3 @@ class NetlinkKernel:
                         append(read(datagram, offset + skip, length - skip))
                     offset += (max(length, HEADER.size) + 3) & ~3
         return found
-
-    @contextmanager
-    def _reopening(self, doing: str) -> Iterator[None]:
-        """After an answer that did not come, or came in part, the next request gets a socket of its own."""
-        try:
-            yield
-        except _Refused:
-            raise
-        except TimeoutError as error:
-            self._reopen()
-            raise KernelError(
-                f"cannot {doing}: the kernel does not answer", errno=errnos.ETIMEDOUT
-            ) from error
-        except BaseException:
-            self._reopen()
-            raise
-
-    def _reopen(self) -> None:
-        self._socket.close()
-        self._socket = self._open()
-
-
-class _Refused(KernelError):
-    """An answer that says no, after which the socket is in order."""

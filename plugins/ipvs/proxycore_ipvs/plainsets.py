@@ -20,8 +20,9 @@ from proxycore.api import KernelError
 
 from . import setwire
 from .sets import Entry, EntryRefusal, Mark, Members, SetSpec, SetState, text_of_error
+from .wire import NUMBERS
 
-_PROTOCOLS = {number: protocol for protocol, number in setwire.NUMBERS.items()}
+_PROTOCOLS = {number: protocol for protocol, number in NUMBERS.items()}
 
 
 class PlainSets:
@@ -146,7 +147,7 @@ def _parts(entry: Entry) -> Any:
         return entry.port
     if entry.protocol is None:
         return (entry.address,)
-    port = PortEntry(entry.port, protocol=setwire.NUMBERS[entry.protocol])
+    port = PortEntry(entry.port, protocol=NUMBERS[entry.protocol])
     return (entry.address, port, entry.second) if entry.second else (entry.address, port)
 
 

@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import errno as errnos
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from types import TracebackType
 from typing import Protocol, Self
 
@@ -20,7 +19,6 @@ from proxycore.kernel.netlink import (
     NLMSG_ERROR,
     Message,
     NetlinkFault,
-    NetlinkSocket,
     attributes,
     error_of,
     parse_attributes,
@@ -28,9 +26,8 @@ from proxycore.kernel.netlink import (
 )
 
 from . import setwire
+from .link import Link, answers
 from .sets import Entry, EntryRefusal, Mark, Members, SetSpec, SetState, text_of_error
-
-ANSWER_SECONDS = 30.0
 
 
 class Sets(Protocol):
@@ -86,12 +83,8 @@ class NetlinkSets:
     """IP sets of the calling thread's network namespace, in batches; for one thread at a time."""
 
     def __init__(self) -> None:
-        self._socket = self._open()
+        self._link = Link(NETLINK_NETFILTER)
         self._revisions: dict[tuple[str, Family], int] = {}
-
-    @staticmethod
-    def _open() -> NetlinkSocket:
-        return NetlinkSocket(NETLINK_NETFILTER, send_buffer_bytes=1 << 20, timeout_seconds=ANSWER_SECONDS)
 
     def __enter__(self) -> Self:
         return self
@@ -102,11 +95,11 @@ class NetlinkSets:
         self.close()
 
     def close(self) -> None:
-        self._socket.close()
+        self._link.close()
 
     def states(self) -> dict[str, SetState]:
-        with self._reopening("list IP sets"):
-            entries = self._socket.dump(setwire.LIST, setwire.headers())
+        with self._link.during("list IP sets") as socket:
+            entries = socket.dump(setwire.LIST, setwire.headers())
         found = (_state(entry) for entry in entries)
         return {state.spec.name: state for state in found if state is not None}
 
@@ -124,21 +117,15 @@ class NetlinkSets:
         kind = spec.kind, spec.family
         if kind not in self._revisions:
             doing = f"create set {spec.name} of kind {spec.kind}"
-            with self._reopening(doing):
-                seq = self._socket.request(setwire.TYPE, setwire.kind_request(spec))
-                reply = next(self._answers(seq))
+            with self._link.during(doing) as socket:
+                seq = socket.request(setwire.TYPE, setwire.kind_request(spec))
+                reply = next(answers(socket, seq))
             fault = error_of(reply)
             if fault is not None:
                 raise _refused(doing, fault.errno)
             parts = parse_attributes(reply.body[setwire.NFGENMSG_BYTES :])
             self._revisions[kind] = parts[setwire.REVISION][0]
         return self._revisions[kind]
-
-    def _answers(self, seq: int) -> Iterator[Message]:
-        while True:
-            for reply in self._socket.receive():
-                if reply.seq == seq:
-                    yield reply
 
     def destroy(self, name: str) -> bool:
         doing = f"destroy set {name}"
@@ -157,8 +144,8 @@ class NetlinkSets:
         found: dict[Entry, Mark | None] = {}
         reader = setwire.entry_reader(spec)
         read, skip = reader.read, setwire.NFGENMSG_BYTES
-        with self._reopening(f"read set {spec.name}"):
-            for entry in self._socket.dump_messages(setwire.LIST, setwire.request(spec.name)):
+        with self._link.during(f"read set {spec.name}") as socket:
+            for entry in socket.dump_messages(setwire.LIST, setwire.request(spec.name)):
                 adt = parse_attributes(entry.body[skip:]).get(setwire.ADT)
                 if adt is None:
                     continue
@@ -225,27 +212,9 @@ class NetlinkSets:
         return error_of(self._acknowledgement(doing, command, body, flags))
 
     def _acknowledgement(self, doing: str, command: int, body: bytes, flags: int) -> Message:
-        with self._reopening(doing):
-            seq = self._socket.request(command, body, flags | NLM_F_ACK)
-            return next(reply for reply in self._answers(seq) if reply.type == NLMSG_ERROR)
-
-    @contextmanager
-    def _reopening(self, doing: str) -> Iterator[None]:
-        """After an answer that did not come, or came in part, the next request gets a socket of its own."""
-        try:
-            yield
-        except TimeoutError as error:
-            self._reopen()
-            raise KernelError(
-                f"cannot {doing}: the kernel does not answer", errno=errnos.ETIMEDOUT
-            ) from error
-        except BaseException:
-            self._reopen()
-            raise
-
-    def _reopen(self) -> None:
-        self._socket.close()
-        self._socket = self._open()
+        with self._link.during(doing) as socket:
+            seq = socket.request(command, body, flags | NLM_F_ACK)
+            return next(reply for reply in answers(socket, seq) if reply.type == NLMSG_ERROR)
 
 
 def _refused(doing: str, number: int) -> KernelError:

@@ -16,6 +16,7 @@ from proxycore.kernel.netlink import NLA_F_NESTED, NLA_F_NET_BYTEORDER, attribut
 
 from .layout import Build, Fields, Positions, Reader
 from .sets import KINDS, LONGEST_NAME, Entry, Mark, SetSpec
+from .wire import NUMBERS
 
 SUBSYSTEM = 6 << 8
 CREATE, DESTROY, SWAP, LIST, ADD, DEL, TYPE = (SUBSYSTEM | number for number in (2, 3, 6, 7, 9, 10, 13))
@@ -32,7 +33,6 @@ WITH_SKBINFO = 1 << 6
 MESSAGE_BYTES = 56_000
 """All entries of a message are in one attribute, which has less than 65,536 bytes."""
 
-NUMBERS: dict[Protocol, int] = {"TCP": 6, "UDP": 17, "SCTP": 132}
 _PROTOCOLS: dict[int, Protocol] = {number: protocol for protocol, number in NUMBERS.items()}
 _PROTOCOL_BYTES: dict[Protocol | None, bytes] = {
     protocol: bytes((number,)) for protocol, number in NUMBERS.items()

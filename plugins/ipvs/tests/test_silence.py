@@ -9,6 +9,7 @@ import pytest
 from proxycore.api import KernelError
 from proxycore.kernel.netlink import Overrun
 from proxycore_ipvs import kernel as servers_module
+from proxycore_ipvs import link
 from proxycore_ipvs import setkernel as sets_module
 from proxycore_ipvs.servers import AddServer, ByMark, Server, Timeouts
 from proxycore_ipvs.sets import Entry, SetSpec
@@ -55,9 +56,8 @@ class Silent:
 @pytest.fixture(params=[TimeoutError("timed out"), Overrun("lost", errno=errno.ENOBUFS)], ids=str)
 def silent(request, monkeypatch):
     made = type("Made", (Silent,), {"opened": [], "error": request.param})
-    monkeypatch.setattr(servers_module, "NetlinkSocket", made)
+    monkeypatch.setattr(link, "NetlinkSocket", made)
     monkeypatch.setattr(servers_module, "family_number", lambda socket, name: 30)
-    monkeypatch.setattr(sets_module, "NetlinkSocket", made)
     return made
 
 
@@ -120,4 +120,4 @@ def test_a_kernel_that_does_not_say_whether_it_has_ipvs(silent, monkeypatch):
     with pytest.raises(KernelError) as caught:
         servers_module.NetlinkKernel()
     assert caught.value.errno == heard(silent)
-    assert [socket.closed for socket in silent.opened] == [True]
+    assert all(socket.closed for socket in silent.opened)
