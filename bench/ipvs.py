@@ -184,7 +184,7 @@ def _servers(*, full: bool) -> Iterator[Row]:
     ratios = (
         ("full load, pyroute2 / batch, each", slow_load / few / (load / services), 20.0),
         ("full load, ipvsadm -R / batch, each", tool / some / (load / services), 5.0),
-        ("read back, pyroute2 / batch, each", slow_read / few / (read / services), 10.0),
+        ("read back, pyroute2 / batch, each", slow_read / few / (read / services), 5.0),
         ("weight of one destination, pyroute2 / batch", slow_weight / weight, 3.0),
         ("one destination deleted, pyroute2 / batch", slow_deletion / deletion, 3.0),
     )

@@ -103,6 +103,15 @@ def test_destinations_are_told_apart_by_address_and_port(kernel):
     assert set(destinations_of(kernel, MARK)) == wanted
 
 
+def test_destinations_are_read_newest_first(kernel):
+    pods = [Destination(f"10.0.0.{n}", 80) for n in (5, 1, 4, 2, 3)]
+    kernel.run([AddServer(Server(MARK)), *(AddDestination(MARK, one) for one in pods)])
+    kernel.run([DeleteDestination(MARK, "10.0.0.5", 80), AddDestination(MARK, pods[0])])
+    kernel.run([SetDestination(MARK, Destination("10.0.0.1", 80, 0))])
+    found = [destination.address[-1] for destination in destinations_of(kernel, MARK)]
+    assert found == ["5", "3", "2", "4", "1"]
+
+
 def test_changing_a_server_leaves_its_destinations(kernel):
     kernel.run([AddServer(Server(MARK)), AddDestination(MARK, POD)])
     assert kernel.run([SetServer(Server(MARK, flags=PERSISTENT, timeout_seconds=60))]) == ()
