@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
 
 from proxycore.api import (
     BackendContext,
@@ -20,13 +21,12 @@ from proxycore.kernel.xtables import Tools
 from .host import Host
 from .listing import Listing
 from .program import Line, Piece
-from .reader import reader
+from .reader import Census, reader
 from .ruleset import Ruleset
 from .shape import Features, parse_options
 from .variant import choose
 from .work import Work
 
-PROBE_LOCK_SECONDS = 5
 _TOOL: dict[Family, str] = {"IPv4": "iptables-restore", "IPv6": "ip6tables-restore"}
 
 
@@ -35,9 +35,10 @@ _OPTIONAL = frozenset({"nfacct", "MASQUERADE --random-fully"})
 
 
 def probe(context: BackendContext) -> Probe:
-    """Which variant would be used, and what stands against it; nothing is changed.
+    """Which variant would be used, and what stands against it; nothing is changed, and no table is made.
 
-    Legacy is asked by python-iptables, in a worker process for each family.
+    Legacy is asked by python-iptables, in a worker process for each family, which counts what there is of ours or kube-proxy's
+    as well: it reads a large table in about a second, as it knows most rules by where they lead alone.
     """
     try:
         options = parse_options(context.options)
@@ -47,33 +48,50 @@ def probe(context: BackendContext) -> Probe:
     problems: list[str] = []
     warnings = [f"rules in the other variant are in force beside ours: {other}" for other in chosen.others]
     lacking: dict[str, str] = {}
+    facts = {"iptables": chosen.variant, "chosen because": chosen.why}
+    chains: list[str] = []
     with ThreadPoolExecutor(len(chosen.tools)) as pool:
         # A thread takes over the network namespace of the one that made it.
-        for tools, found in zip(
-            chosen.tools.values(), pool.map(_extensions, chosen.tools.values()), strict=True
-        ):
+        asked = pool.map(lambda tools: _ask(tools, options.lock_seconds), chosen.tools.values())
+        for tools, found in zip(chosen.tools.values(), asked, strict=True):
             if isinstance(found, str):
                 (problems if xtables.missing_rights(chosen.variant) else warnings).append(found)
                 continue
-            lacking |= {name: why for name, why in found.items() if name in _OPTIONAL}
-            needed = {name: why for name, why in found.items() if name not in _OPTIONAL}
+            lacking |= {name: why for name, why in found.lacking.items() if name in _OPTIONAL}
+            needed = {name: why for name, why in found.lacking.items() if name not in _OPTIONAL}
             problems += [f"{tools} cannot use {name}: {why}" for name, why in needed.items()]
-    facts = {"iptables": chosen.variant, "chosen because": chosen.why}
+            chains += [f"{told} of {tools}" for told in (_told(found.chains),) if told]
+    if chains:
+        facts["chains"] = ", ".join(chains)
     if lacking:
         facts["does without"] = ", ".join(sorted(lacking))
     return Probe(problems=tuple(problems), warnings=tuple(warnings), facts=facts)
 
 
-def _extensions(tools: Tools) -> Mapping[str, str] | str:
-    """Matches and targets that cannot be used, by name with the reason; or why nobody could ask."""
+class _Found(NamedTuple):
+    """`lacking`: matches and targets that cannot be used, with the reason.  `chains`: what there is; only of legacy."""
+
+    lacking: Mapping[str, str]
+    chains: Census
+
+
+def _ask(tools: Tools, lock_seconds: int) -> _Found | str:
+    """What a family's tables say; or why nobody could ask."""
     try:
-        asked = reader(tools, PROBE_LOCK_SECONDS)
+        asked = reader(tools, lock_seconds)
         try:
-            return asked.probe()
+            return _Found(asked.probe(), asked.census() if tools.variant == "legacy" else {})
         finally:
             asked.close()
     except KernelError as error:
         return f"what {tools} can do is not known: {error}"
+
+
+def _told(census: Census) -> str:
+    """How many chains of kube-proxy's names there are, and how many rules in other chains lead to them; empty: none."""
+    chains = sum(map(len, census.values()))
+    rules = sum(sum(uses.values()) for uses in census.values())
+    return f"{chains} (rules in other chains that lead there: {rules})" if chains else ""
 
 
 def render(context: BackendContext, batch: ChangeBatch) -> str:
