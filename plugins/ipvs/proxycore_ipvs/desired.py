@@ -34,6 +34,11 @@ class Desired:
         self._values: dict[Entry, tuple[Owner, int | None]] = {}
         self._wanting: dict[Entry, int] = {}
 
+    @property
+    def owners(self) -> frozenset[Owner]:
+        """Whoever wants something."""
+        return frozenset(self._of)
+
     def get(self, owner: Owner) -> Objects | None:
         """What an owner wants."""
         return self._of.get(owner)

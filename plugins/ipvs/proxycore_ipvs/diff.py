@@ -141,7 +141,8 @@ def plan(
 ) -> Plan:
     """What to do so that exactly `wanted` is there, and what drains.
 
-    Both sides may be restricted to the same keys of servers and the same entries; nothing else is then touched.
+    Both sides may be restricted to the same keys of servers and the same entries; nothing else is then touched.  What drains
+    ends only when it is looked at.
     `draining`: that of the plan before, for these servers; one with weight 0 that is not in it starts its time now.
     `protocols`: of Service ports by number, where known.  Wanted servers and entries of either side tell others; TCP is taken
     for the rest, as no other server is left without entries.

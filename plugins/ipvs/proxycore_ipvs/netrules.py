@@ -19,7 +19,7 @@ from proxycore.api import Family, Protocol
 
 from .entries import NODE_PORTS, SetKind, SetName
 from .ids import Target
-from .marks import ALL
+from .marks import ALL, Marks, gathered
 from .shape import Shape
 
 TableName = Literal["mangle", "nat", "filter", "security"]
@@ -228,6 +228,25 @@ def _ports(shape: Shape, classes: Mapping[Target, int]) -> tuple[Rule, ...]:
         match = _marked(value, marks.ours | marks.port_class, connection=True)
         found.append(f"-p {target.protocol.lower()} {match}-j DNAT --to-destination :{target.port}")
     return tuple(found)
+
+
+_PORT_RULE = re.compile(
+    r"-p (tcp|udp|sctp) -m connmark --mark 0x([0-9a-f]+)/0x([0-9a-f]+) -j DNAT --to-destination :(\d+)"
+)
+_PROTOCOLS: Mapping[str, Protocol] = {"tcp": "TCP", "udp": "UDP", "sctp": "SCTP"}
+
+
+def classes_in(found: Iterable[Rule], marks: Marks) -> Mapping[Target, int]:
+    """Classes of target ports that rules of the chain PORTS, found there, know; rules that are not ours are passed over."""
+    classes: dict[Target, int] = {}
+    for rule in found:
+        match = _PORT_RULE.fullmatch(rule)
+        if match is None or int(match[3], 16) != marks.ours | marks.port_class:
+            continue
+        number = gathered(int(match[2], 16), marks.port_class)
+        if number:
+            classes[Target(_PROTOCOLS[match[1]], int(match[4]))] = number
+    return classes
 
 
 def _postrouting(shape: Shape) -> tuple[Rule, ...]:

@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 import msgspec
 
-from proxycore.api import Endpoint, Frontend, FrontendKind, Pool, PoolName, Protocol, ServiceState
+from proxycore.api import (
+    Endpoint,
+    Frontend,
+    FrontendKind,
+    Pool,
+    PoolName,
+    Protocol,
+    ServicePortName,
+    ServiceState,
+)
 
 from . import entries, fates
 from .entries import Entry, SetKind, SetName
@@ -189,9 +198,22 @@ class _Rendering:
         return chosen
 
 
-def frontend_keys(state: ServiceState) -> tuple[FrontendKey, ...]:
-    """What the sets map for a Service port."""
-    return tuple(FrontendKey(f.address, f.protocol, f.port) for f in state.frontends)
+def owners(states: Iterable[ServiceState]) -> dict[FrontendKey, ServicePortName]:
+    """Who has which frontend, as `Ids.recover` asks for it."""
+    return {
+        FrontendKey(each.address, each.protocol, each.port): state.name
+        for state in states
+        for each in state.frontends
+    }
+
+
+def values_in(found: Mapping[Entry, int | None]) -> dict[FrontendKey, int]:
+    """Values by frontend, among entries that were read."""
+    return {
+        key: value
+        for entry, value in found.items()
+        if value is not None and (key := key_of(entry)) is not None
+    }
 
 
 def key_of(entry: Entry) -> FrontendKey | None:

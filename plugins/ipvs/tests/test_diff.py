@@ -15,7 +15,8 @@ from proxycore_ipvs.fake import FakeKernel
 from proxycore_ipvs.fates import classes_of, meaning
 from proxycore_ipvs.ids import Classes, Ids, Target
 from proxycore_ipvs.kernel import read_all
-from proxycore_ipvs.plane import Objects, render, target_of
+from proxycore_ipvs.netrules import PORTS, classes_in, rules
+from proxycore_ipvs.plane import Objects, owners, render, target_of, values_in
 from proxycore_ipvs.servers import (
     PERSISTENT,
     AddDestination,
@@ -103,7 +104,7 @@ class Node:
 def brought_up(desired, ids, classes, found):
     """Puts what these Services want, and nothing else, into `desired`."""
     names = {state.name for state in found}
-    for name in [name for name in desired._of if name not in names]:
+    for name in desired.owners - names:
         desired.put(name, None)
         ids.leave(name)
         classes.leave(name)
@@ -170,7 +171,7 @@ def test_looking_at_what_was_touched_comes_to_the_same(histories):
     whole, part = Node(), Node()
     desired, ids, classes = Desired(), Ids(range(1, 30)), Classes()
     for found in histories:
-        before = set(desired._of)
+        before = desired.owners
         gone = [name for name in before if name not in {state.name for state in found}]
         touched = [desired.put(name, None) for name in gone]
         for name in gone:
@@ -191,6 +192,34 @@ def test_looking_at_what_was_touched_comes_to_the_same(histories):
         assert part.entries == whole.entries
         assert part.draining == whole.draining
         assert read_all(part.kernel).keys() == read_all(whole.kernel).keys()
+
+
+@given(states("IPv4", 3), st.integers(0, 40))
+@settings(max_examples=100, deadline=None)
+def test_a_restart_that_finds_all_as_it_was_changes_nothing(found, used_before):
+    """A new process has what the kernel holds, and nothing else."""
+    node, desired, classes = Node(), Desired(), Classes()
+    ids = Ids(range(1, 60))
+    for number in range(used_before):
+        ids.take(name_of(f"old{number}"))
+        ids.leave(name_of(f"old{number}"))
+        ids.settle(())
+    brought_up(desired, ids, classes, found)
+    node.carry_out(node.plan(desired.everything()))
+    ports = rules(SHAPE, classes.rules)[PORTS]
+
+    held = node.held()
+    marks = [key.mark for key in held.servers]
+    again = Ids.recover(MARKS, values_in(held.entries), marks, owners(found))
+    assert not again.leaving
+    known = Classes()
+    for target, number in classes_in(ports, MARKS).items():
+        known.recover(target, number)
+    anew = Desired()
+    brought_up(anew, again, known, found)
+    assert node.plan(anew.everything(), held).is_empty
+    assert not known.settle()
+    assert known.rules == classes.rules
 
 
 NAME = name_of()

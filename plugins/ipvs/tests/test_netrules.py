@@ -12,7 +12,19 @@ from proxycore_ipvs import netrules
 from proxycore_ipvs.entries import SetKind
 from proxycore_ipvs.ids import Target
 from proxycore_ipvs.marks import Marks
-from proxycore_ipvs.netrules import CHAINS, JUMPS, MAPPED, NODEPORTS, SERVICES, jumps, load, rules, unload
+from proxycore_ipvs.netrules import (
+    CHAINS,
+    JUMPS,
+    MAPPED,
+    NODEPORTS,
+    PORTS,
+    SERVICES,
+    classes_in,
+    jumps,
+    load,
+    rules,
+    unload,
+)
 from proxycore_ipvs.shape import Shape, shape_of
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -30,6 +42,15 @@ def test_the_whole_text(name):
     text += unload(list(rules(shape)), jumps(shape))
     text += "".join(f"{each}\n" for each in netrules.policy_routes(shape))
     assert text == (GOLDEN / f"{name}.rules").read_text()
+
+
+@pytest.mark.parametrize(
+    "shape", [*SHAPES.values(), Shape(family="IPv4", marks=Marks.with_masquerade_bit(21))]
+)
+def test_classes_are_read_back(shape):
+    written = rules(shape, CLASSES)[PORTS]
+    assert classes_in([*written, "-j ACCEPT"], shape.marks) == CLASSES
+    assert classes_in(written, Marks.with_masquerade_bit(20)) == {}
 
 
 def _mapped(**options):
