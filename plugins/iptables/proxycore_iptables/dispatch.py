@@ -25,10 +25,10 @@ from typing import NamedTuple, TypeAlias
 
 import msgspec
 
+from proxycore.kubechains import TREE
+
 from .rules import Entry, Place, Rule, Rules
 
-TREE_PREFIX = "KUBE-SVC-TREE."
-"""Names of nodes begin so; kube-proxy takes them for chains of Services that are gone and removes them."""
 INLINE = 4
 """So many entries of one address range need no chain of their own."""
 LEVELS = 8
@@ -319,9 +319,9 @@ def _rules(node: _Node, level: int) -> Rules:
 def node_name(address: bytes, digits: int) -> str:
     """The chain of the entries that share the first digits of an address; at most 28 characters."""
     if len(address) == 4:
-        return f"{TREE_PREFIX}{_masked(address, digits).hex()}.{4 * digits}"
+        return f"{TREE}{_masked(address, digits).hex()}.{4 * digits}"
     hashed = b32encode(hashlib.sha256(_text(address, digits).encode()).digest()).decode()
-    return TREE_PREFIX + hashed[:14]
+    return TREE + hashed[:14]
 
 
 def _masked(address: bytes, digits: int) -> bytes:

@@ -43,23 +43,6 @@ class Listing(msgspec.Struct, frozen=True, kw_only=True):
         """A table; an empty one when it was not listed, since then nothing is in it."""
         return self.tables.get(name, TableListing())
 
-    def marks(self, table: str) -> Mapping[str, int]:
-        """Our chains of a table."""
-        return self.table(table).marks
-
-    def built_in(self, table: str) -> Mapping[str, Rules]:
-        """The built-in chains of a table."""
-        return self.table(table).built_in
-
-    def users(self, table: str) -> Mapping[str, str]:
-        """Our chains of a table that rules of others lead to, with such a rule."""
-        return self.table(table).users
-
-    def rules(self, table: str, chain: str) -> Rules:
-        """Rules of a chain that was to be kept, or of a built-in one; none when there is no such chain."""
-        found = self.table(table)
-        return found.rules.get(chain) or found.built_in.get(chain, ())
-
 
 class Counted(NamedTuple):
     """How often a rule was met."""
@@ -71,12 +54,10 @@ class Counted(NamedTuple):
     bytes: int
 
 
-def read(
-    lines: Iterable[str], *, ours: Callable[[str, str], bool], keep: Container[str] | None = ()
-) -> Listing:
+def read(lines: Iterable[str], *, ours: Callable[[str, str], bool], keep: Container[str] = ()) -> Listing:
     """Read the output of `iptables-save` without counters.
 
-    Args: `ours(table, chain)`: is a chain of this name ours?  `keep`: names of chains whose rules are wanted; None: all of ours.
+    Args: `ours(table, chain)`: is a chain of this name ours?  `keep`: names of chains whose rules are wanted.
     Raises ValueError when rules of a chain do not stand together, which no version of the tool prints, or when the
     listing ends before a table does.
     """
@@ -112,7 +93,7 @@ def read(
 class _Reader:
     """A table of which lines are being read."""
 
-    def __init__(self, table: str, ours: Callable[[str, str], bool], keep: Container[str] | None) -> None:
+    def __init__(self, table: str, ours: Callable[[str, str], bool], keep: Container[str]) -> None:
         self.table = table
         self._ours, self._keep = ours, keep
         self._marks: dict[str, int] = {}
@@ -126,10 +107,9 @@ class _Reader:
         if policy != "-":
             self._built_in[chain] = ()
             return
-        ours = self._ours(self.table, chain)
-        if ours:
+        if self._ours(self.table, chain):
             self._marks[chain] = _EMPTY
-        if ours if self._keep is None else chain in self._keep:
+        if chain in self._keep:
             self._rules[chain] = ()
 
     def begin(self, chain: str) -> list[Rule]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 from hashlib import sha256
 
-from proxycore.api import Endpoint, ServicePortName
+from proxycore.api import ServicePortName
 
 _ALPHABET = "ABCDEFGHIJKLMNOPQRSTUVWXYZ234567"
 _PAIRS = tuple(first + second for first, second in itertools.product(_ALPHABET, repeat=2))
@@ -56,11 +56,6 @@ def firewall_chain(name: ServicePortName, variant: str = "") -> str:
     return f"KUBE-FW-{hashed(text_of(name) + variant)}"
 
 
-def endpoint_chain(name: ServicePortName, endpoint: Endpoint) -> str:
-    """Translates to one endpoint."""
-    return endpoint_chain_of(text_of(name), str(endpoint))
-
-
 def endpoint_chain_of(text: str, endpoint: str) -> str:
-    """endpoint_chain for text_of() a Service port and the text of an endpoint, `ip:port` or `[ip]:port`."""
+    """Translates to one endpoint; for text_of() a Service port and the text of the endpoint, `ip:port` or `[ip]:port`."""
     return f"KUBE-SEP-{hashed(text + endpoint)}"

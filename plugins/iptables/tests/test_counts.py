@@ -11,7 +11,6 @@ from proxycore.api import Counters, NodePortAddresses, ServiceState
 from proxycore.testing.states import (
     HOST,
     context,
-    endpoint,
     frontend,
     full,
     host,
@@ -24,13 +23,13 @@ from proxycore_iptables.backend import IptablesBackend
 from proxycore_iptables.counts import Totals
 from proxycore_iptables.fake import FakeHost, FakeTables
 from proxycore_iptables.live import Live
-from proxycore_iptables.names import endpoint_chain
+from proxycore_iptables.names import endpoint_chain_of, text_of
 from proxycore_iptables.ruleset import Ruleset
 
 from .node import Node
 
 WEB = service(name_of("web"), frontend("172.30.0.41"), cluster=["10.180.0.1:8080", "10.180.0.2:8080"])
-ONE, OTHER = (("nat", endpoint_chain(WEB.name, endpoint(f"10.180.0.{n}:8080"))) for n in (1, 2))
+ONE, OTHER, THIRD = (("nat", endpoint_chain_of(text_of(WEB.name), f"10.180.0.{n}:8080")) for n in (1, 2, 3))
 
 
 class Counting:
@@ -161,7 +160,7 @@ def test_the_first_reading_of_adopted_rules_is_where_they_begin(counting):
     # What comes later has not counted before.
     more = service(WEB.name, *WEB.frontends, cluster=["10.180.0.1:8080", "10.180.0.3:8080"])
     counting.apply(more)
-    counting.meet(("nat", endpoint_chain(WEB.name, endpoint("10.180.0.3:8080"))), 5)
+    counting.meet(THIRD, 5)
     assert counting.read().by_endpoint["10.180.0.3:8080"] == 5
 
 

@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from proxycore_iptables.dispatch import INLINE, LEVELS, TREE_PREFIX, Shared, edit, node_name
+from proxycore.kubechains import TREE
+from proxycore_iptables.dispatch import INLINE, LEVELS, Shared, edit, node_name
 from proxycore_iptables.rules import SERVICES, Entry
 
 ROOT = SERVICES.chain
@@ -119,7 +120,7 @@ def test_prefixes_that_the_c_library_prints_in_another_way():
 
 def _depth(chains, name):
     """How many chains lie below one, one below the other."""
-    below = [rule.rpartition(" ")[2] for rule in chains[name] if TREE_PREFIX in rule]
+    below = [rule.rpartition(" ")[2] for rule in chains[name] if TREE in rule]
     return 0 if not below else 1 + max(_depth(chains, name) for name in below)
 
 
@@ -290,7 +291,7 @@ class Batches(RuleBasedStateMachine):
 
 def _targets(rules):
     """The nodes that rules jump to."""
-    return {text.rpartition(" ")[2] for text in rules if TREE_PREFIX in text}
+    return {text.rpartition(" ")[2] for text in rules if TREE in text}
 
 
 class DeepBatches(Batches):

@@ -7,9 +7,10 @@ import random
 
 import pytest
 
+from proxycore.kubechains import TREE
 from proxycore.testing.netns import Namespace
 from proxycore_iptables.counting import Counting
-from proxycore_iptables.dispatch import LEVELS, TREE_PREFIX, Shared, edit
+from proxycore_iptables.dispatch import LEVELS, Shared, edit
 from proxycore_iptables.rules import SERVICES, Entry
 from proxycore_iptables.words import LOCALHOST_COUNTER
 
@@ -113,7 +114,7 @@ def test_the_deepest_tree_is_accepted_and_reads_back_as_written(tables, family):
     assert {name: found[name] for name in chains} == chains
 
     def depth(name):
-        below = [rule.rpartition(" ")[2] for rule in found[name] if f"-j {TREE_PREFIX}" in rule]
+        below = [rule.rpartition(" ")[2] for rule in found[name] if f"-j {TREE}" in rule]
         return 0 if not below else 1 + max(map(depth, below))
 
     assert depth(SERVICES.chain) == LEVELS

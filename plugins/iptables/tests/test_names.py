@@ -19,7 +19,7 @@ def test_names_are_kube_proxys():
     assert names.local_chain(WEB) == "KUBE-SVL-XPGD46QRK7WJZT7O"
     assert names.external_chain(WEB) == "KUBE-EXT-XPGD46QRK7WJZT7O"
     assert names.firewall_chain(WEB) == "KUBE-FW-XPGD46QRK7WJZT7O"
-    assert names.endpoint_chain(WEB, endpoint("10.180.0.1:80")) == "KUBE-SEP-SXIVWICOYRO3J4NJ"
+    assert names.endpoint_chain_of(names.text_of(WEB), "10.180.0.1:80") == "KUBE-SEP-SXIVWICOYRO3J4NJ"
 
 
 def test_protocol_and_port_name_tell_apart():
@@ -33,9 +33,9 @@ def test_text_of_an_unnamed_port_has_no_colon():
 
 def test_ipv6_endpoints_stand_in_brackets():
     name = name_of(family="IPv6")
-    assert names.endpoint_chain(name, endpoint("[fd00::1]:80")) == names.endpoint_chain_of(
-        "default/web:httptcp", "[fd00::1]:80"
-    )
+    assert names.endpoint_chain_of(
+        names.text_of(name), str(endpoint("[fd00::1]:80"))
+    ) == names.endpoint_chain_of("default/web:httptcp", "[fd00::1]:80")
 
 
 def test_variants_have_names_of_their_own():

@@ -368,7 +368,7 @@ def test_weights():
     assert [rule.partition(" -j ")[0] for rule in made] == [
         "-m statistic --mode random --probability 0.25000000000",
         "-m statistic --mode random --probability 0.66666666651",
-        f"-j {names.endpoint_chain(WEB, ends[3])}",
+        f"-j {names.endpoint_chain_of(names.text_of(WEB), str(ends[3]))}",
     ]
 
 
@@ -398,7 +398,7 @@ def test_endpoint_chains_come_before_those_that_jump_to_them():
 
 def test_affinity_is_looked_up_before_the_draw_and_kept_by_each_endpoint():
     state = service(WEB, frontend("172.30.0.41"), cluster=TWO[:1], affinity=60)
-    target = names.endpoint_chain(WEB, endpoint(TWO[0]))
+    target = names.endpoint_chain_of(names.text_of(WEB), TWO[0])
     recent = f"--name {target} --mask 255.255.255.255 --rsource"
     assert chain(state, SVC, comments=False)[1:] == [
         f"-m recent --rcheck --seconds 60 --reap {recent} -j {target}",
