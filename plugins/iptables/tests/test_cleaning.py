@@ -1,0 +1,211 @@
+"""Cleaning up on the real iptables: all of ours, nothing of others', also when it is killed on the way."""
+
+from __future__ import annotations
+
+import pytest
+
+from proxycore.errors import KernelError
+from proxycore.kernel import xtables
+from proxycore.testing.states import HOST, context, frontend, name_of, node_port, numbered, service
+from proxycore_iptables import cleaning, counting
+
+from .node import FAMILIES, Node
+
+pytestmark = pytest.mark.root
+
+GUARD = (
+    '-A KUBE-FIREWALL ! -s 127.0.0.0/8 -d 127.0.0.0/8 -m comment --comment "block incoming localnet connections" '
+    "-m conntrack ! --ctstate RELATED,ESTABLISHED,DNAT -j DROP"
+)
+JUMPS = {"-A INPUT -j KUBE-FIREWALL", "-A OUTPUT -j KUBE-FIREWALL"}
+STATES = (
+    service(
+        name_of(), frontend("172.30.0.41"), node_port(30041), cluster=("10.180.0.1:8080", "10.180.0.2:8080")
+    ),
+    numbered(7, 2),
+    numbered(8, 2, family="IPv6"),
+)
+LOCALNET = "*nat\n:KUBE-SVC-LOCALNET - [0:0]\nCOMMIT\n"
+MARK = ":KUBE-SVC-PROXYCORE "
+
+
+def clean(node: Node) -> tuple[str, ...]:
+    return tuple(node.call("cleanup", context(HOST, options={"variant": node.variant})).removed)
+
+
+def route_localnet(node: Node, value: str | None = None) -> str:
+    def work() -> str:
+        if value is not None:
+            cleaning.ROUTE_LOCALNET.write_text(value)
+        return cleaning.ROUTE_LOCALNET.read_text().strip()
+
+    return node.namespace.call(work)
+
+
+def counters(node: Node) -> set[str]:
+    def work() -> set[str]:
+        with counting.Counting() as kernel:
+            return set(kernel.packets())
+
+    return node.namespace.call(work)
+
+
+def firewall(node: Node) -> set[str]:
+    """All that is in the guard's chain, and leads there."""
+    return {line for line in node.ruleset().splitlines() if line.startswith("-A") and "KUBE-FIREWALL" in line}
+
+
+@pytest.fixture
+def served(node: Node) -> Node:
+    """Rules with the guard, and the setting as a run makes it."""
+    again(node)
+    assert firewall(node) == {GUARD, *JUMPS}
+    return node
+
+
+def test_nothing_is_left(served):
+    removed = clean(served)
+    for family in FAMILIES:
+        assert not [line for line in served.ruleset(family).splitlines() if "KUBE" in line]
+    assert route_localnet(served) == "0"
+    assert counters(served) == set()
+    assert "net.ipv4.conf.all.route_localnet = 1" in removed
+    assert f"iptables-{served.variant} filter: chain KUBE-FIREWALL" in removed
+    assert f"iptables-{served.variant} nat: chains KUBE-SVC-LOCALNET, KUBE-SVC-PROXYCORE" in removed
+    assert clean(served) == ()
+
+
+def test_a_setting_that_others_made_stays_and_its_guard_too(served):
+    """The run found it set: what guards against its consequences may have been the reason."""
+    served.iptables("-t", "nat", "-X", "KUBE-SVC-LOCALNET")
+    [line] = [line for line in clean(served) if "KUBE-FIREWALL" in line]
+    assert "was not set by a run of ours" in line
+    assert route_localnet(served) == "1"
+    assert firewall(served) == {GUARD, *JUMPS}
+    assert clean(served) == ()
+
+
+def test_rules_of_others_lead_to_the_guards_chain(served):
+    served.iptables("-A", "FORWARD", "-j", "KUBE-FIREWALL")
+    served.iptables("-A", "INPUT", "-p", "tcp", "-j", "KUBE-FIREWALL")
+    removed = clean(served)
+    assert firewall(served) == {"-A FORWARD -j KUBE-FIREWALL", "-A INPUT -p tcp -j KUBE-FIREWALL"}
+    assert ":KUBE-FIREWALL " in served.ruleset()
+    assert any("KUBE-FIREWALL, which stays because of -A " in line for line in removed)
+    assert route_localnet(served) == "0"
+
+
+def test_rules_of_others_in_the_guards_chain_keep_what_leads_there(served):
+    drop = "-A KUBE-FIREWALL -m mark --mark 0x8000/0x8000 -j DROP"
+    served.iptables(*drop.split())
+    clean(served)
+    assert firewall(served) == {drop, *JUMPS}
+
+
+@pytest.mark.parametrize("chain", ["KUBE-KUBELET-CANARY", "KUBE-IPTABLES-HINT"])
+def test_a_kubelets_guard_stays(served, chain):
+    served.iptables("-t", "mangle", "-N", chain)
+    clean(served)
+    assert firewall(served) == {GUARD, *JUMPS}
+    assert route_localnet(served) == "0"
+
+
+def test_without_the_mark_nothing_is_touched(served):
+    served.iptables("-t", "nat", "-X", "KUBE-SVC-PROXYCORE")
+    served.iptables("-t", "nat", "-X", "KUBE-SVC-PROXYCORE", family="IPv6")
+    before = served.ruleset(), served.ruleset("IPv6")
+    assert clean(served) == ()
+    assert (served.ruleset(), served.ruleset("IPv6")) == before
+    assert route_localnet(served) == "1"
+    assert counters(served)
+
+
+class Killed(BaseException):
+    """Instead of the next step."""
+
+
+def test_killed_at_any_place_and_done_again(served, monkeypatch):
+    """Between any two things that are changed: until the last one, the next clean-up finds the rest."""
+    monkeypatch.setattr(cleaning, "chunk_of", lambda tools: 2)
+    # Steps can be counted where they are all in this process.
+    monkeypatch.setattr(cleaning, "reader", no_reader)
+    restore, left = xtables.restore, [0]
+
+    def step(*arguments):
+        left[0] -= 1
+        if left[0] < 0:
+            raise Killed
+        return restore(*arguments)
+
+    monkeypatch.setattr(xtables, "restore", step)
+    for steps in range(1000):
+        left[0] = steps
+        try:
+            clean(served)
+        except Killed:
+            pass
+        else:
+            break
+        finally:
+            left[0] = 1000
+        assert any(MARK in served.ruleset(family) for family in FAMILIES)
+        assert clean(served)
+        for family in FAMILIES:
+            assert "KUBE" not in served.ruleset(family), steps
+        assert route_localnet(served) == "0"
+        assert counters(served) == set()
+        again(served)
+    assert steps > (8 if served.variant == "legacy" else 14)
+
+
+def no_reader(*arguments):
+    raise KernelError("there is no python-iptables")
+
+
+def again(node: Node) -> None:
+    """As the fixture has it."""
+    node.run(*STATES, localhostNodePorts=True)
+    node.iptables("restore", "--noflush", stdin=LOCALNET)
+    route_localnet(node, "1")
+
+
+def test_what_a_killed_clean_up_left_of_guard_setting_and_counters_goes_though_the_rest_is_gone(served):
+    """Only the marks are there."""
+    served.call("stop")
+    for family in FAMILIES:
+        served.iptables("restore", family=family, stdin="*nat\n:KUBE-SVC-PROXYCORE - [0:0]\nCOMMIT\n")
+    served.iptables("restore", "--noflush", stdin=LOCALNET)
+    assert clean(served)
+    assert firewall(served) == set()
+    assert route_localnet(served) == "0"
+    assert counters(served) == set()
+    assert "KUBE" not in served.ruleset() + served.ruleset("IPv6")
+
+
+@pytest.mark.parametrize("variant", ["nft"])
+@pytest.mark.parametrize("table", ["nat", "filter"])
+def test_a_table_that_iptables_cannot_read_is_named_and_nothing_touched(served, table):
+    served.namespace.run(["nft", "add", "rule", "ip", table, "OUTPUT", "fib daddr type local counter accept"])
+    if "incompatible" not in served.ruleset():
+        pytest.skip("this iptables reads what it does not know")
+    before = served.namespace.run(["nft", "list", "ruleset"]).stdout
+    with pytest.raises(
+        KernelError, match=rf"iptables-nft cannot read table {table}.*nft -a list table ip {table}"
+    ):
+        clean(served)
+    assert served.namespace.run(["nft", "list", "ruleset"]).stdout == before
+    assert route_localnet(served) == "1"
+    served.namespace.run(["nft", "flush", "chain", "ip", table, "OUTPUT"])
+    assert clean(served)
+    assert "KUBE" not in served.ruleset()
+
+
+@pytest.mark.parametrize("variant", ["nft"])
+def test_a_table_of_others_that_iptables_cannot_read_is_no_obstacle(served):
+    served.namespace.run(["nft", "add", "table", "ip", "mangle"])
+    served.namespace.run(["nft", "add", "chain", "ip", "mangle", "MINE"])
+    served.namespace.run(
+        ["nft", "add", "rule", "ip", "mangle", "MINE", "fib daddr type local counter accept"]
+    )
+    assert clean(served)
+    assert "KUBE" not in served.ruleset()
