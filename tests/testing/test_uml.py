@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from proxycore.errors import KernelError
-from proxycore.testing.uml import Guest, GuestTimeout, guest, missing_modules, run
+from proxycore.testing.uml import Guest, GuestTimeout, GuestUnavailable, guest, missing_modules, run
 
 RUNNER = (sys.executable, "-m", "proxycore.testing.uml", "--modules", "")
 EVERY_BYTE = bytes(range(256)) * 400
@@ -176,6 +176,30 @@ def test_what_to_install_is_said(monkeypatch, tmp_path):
             Guest(["true"])
     finally:
         guest.problem.cache_clear()
+
+
+@boots
+def test_where_user_mode_linux_does_not_start(monkeypatch, tmp_path):
+    (tmp_path / "9.9").mkdir()
+    for index in ("modules.dep", "modules.builtin"):
+        (tmp_path / "9.9" / index).touch()
+    kernel = tmp_path / "linux.uml"
+    kernel.write_text(
+        "#!/bin/sh\n[ $1 = --version ] && echo 9.9 && exit\necho ptrace: not permitted\nexit 1\n"
+    )
+    kernel.chmod(0o755)
+    monkeypatch.setattr(guest, "MODULE_FOLDER", tmp_path)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    guest._modules_at.cache_clear()
+    try:
+        with (
+            Guest(["true"], modules=()) as made,
+            pytest.raises(GuestUnavailable, match="does not start here: ptrace: not permitted"),
+        ):
+            made.wait(print, print)
+        assert is_gone(made.control)
+    finally:
+        guest._modules_at.cache_clear()
 
 
 MARK = b"\x1d\x1e0123"

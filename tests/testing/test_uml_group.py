@@ -14,7 +14,8 @@ from xml.etree import ElementTree
 import pytest
 
 from proxycore.errors import KernelError
-from proxycore.testing.uml import grouptests, guest
+from proxycore.testing.uml import group as groups
+from proxycore.testing.uml import guest
 
 CONFTEST = """
 from proxycore.kernel import ipvs
@@ -117,7 +118,7 @@ def pytest_here(
     (folder / "conftest.py").write_text(conftest)
     (folder / "pytest.ini").write_text(INI)
     inherited = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
-    inherited.pop(grouptests.REQUIRE, None)
+    inherited.pop(groups.REQUIRE, None)
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "--junitxml=result.xml", "-p", "no:cacheprovider", *words],
         cwd=folder,
@@ -209,7 +210,7 @@ NO_GUEST = (
 )
 
 
-@pytest.mark.parametrize(("environment", "how"), [({}, "skipped"), ({grouptests.REQUIRE: "1"}, "error")])
+@pytest.mark.parametrize(("environment", "how"), [({}, "skipped"), ({groups.REQUIRE: "1"}, "error")])
 def test_where_there_is_no_guest(tmp_path, environment, how):
     (tmp_path / "test_dying.py").write_text(DYING.format(deed=""))
     found = pytest_here(tmp_path, conftest=NO_GUEST, **environment)
@@ -317,7 +318,7 @@ class SilentGuest:
 def test_a_guest_that_hangs_is_ended(monkeypatch, request):
     monkeypatch.setattr(guest, "Guest", SilentGuest)
     item = request.node
-    group = grouptests.Group(request.config, [item, item], ["x::first", "x::second"], silence_seconds=0.3)
+    group = groups.Group(request.config, [item, item], ["x::first", "x::second"], silence_seconds=0.3)
     try:
         first = list(group.reports("x::first", item))
         second = list(group.reports("x::second", item))
@@ -328,3 +329,21 @@ def test_a_guest_that_hangs_is_ended(monkeypatch, request):
     for report in (first[-1], *second):
         assert report.longrepr == "the guest was silent for 0.3 s and was ended, while x::first ran"
         assert "collected 2 items" in report.sections[0][1]
+
+
+class StillbornGuest(SilentGuest):
+    def wait(self, *_: object, **__: object) -> int:
+        raise guest.GuestUnavailable("user-mode Linux does not start here: ptrace")
+
+
+@pytest.mark.parametrize(("required", "outcome"), [("", "skipped"), ("1", "failed")])
+def test_a_host_that_cannot_start_a_guest(monkeypatch, request, required, outcome):
+    monkeypatch.setattr(guest, "Guest", StillbornGuest)
+    monkeypatch.setenv(groups.REQUIRE, required)
+    group = groups.Group(request.config, [request.node], ["x::first"], silence_seconds=60)
+    try:
+        (report,) = group.reports("x::first", request.node)
+    finally:
+        group.close()
+    assert report.outcome == outcome
+    assert "user-mode Linux does not start here: ptrace" in str(report.longrepr)

@@ -13,6 +13,24 @@ This kernel, of Debian's package user-mode-linux, lacks nf_tables for ip, ip6 an
 
 from __future__ import annotations
 
-from .guest import MODULES, Completed, Guest, GuestTimeout, missing_modules, problem, run
+from .guest import (
+    MODULES,
+    Completed,
+    Guest,
+    GuestTimeout,
+    GuestUnavailable,
+    missing_modules,
+    problem,
+    run,
+)
 
-__all__ = ["Completed", "Guest", "GuestTimeout", "MODULES", "missing_modules", "problem", "run"]
+__all__ = [
+    "Completed",
+    "Guest",
+    "GuestTimeout",
+    "GuestUnavailable",
+    "MODULES",
+    "missing_modules",
+    "problem",
+    "run",
+]

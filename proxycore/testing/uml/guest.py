@@ -74,6 +74,10 @@ rm -rf "$control"
 _FIRST = '"$@"; exit $?'
 
 
+class GuestUnavailable(KernelError):
+    """User-mode Linux is installed and does not start on this host, as where ptrace is forbidden."""
+
+
 class GuestTimeout(KernelError):
     """The command did not end in time; the guest is gone, its writes below writable folders may be incomplete."""
 
@@ -222,8 +226,8 @@ class Guest:
     ) -> int:
         """Hand the command's streams on as they come, until it ends; its exit status.  Call it once.
 
-        Raises GuestTimeout after `timeout` seconds, and KernelError when the guest ends without a result, with the last
-        words on its console.  The guest is closed then.
+        Raises GuestTimeout after `timeout` seconds, GuestUnavailable when the kernel did not come up, and KernelError when the
+        guest ends later without a result; the two with the last words on its console.  The guest is closed then.
         """
         self._is_read = True
         assert self._janitor.stdout is not None
@@ -237,7 +241,7 @@ class Guest:
 
     def _pump(self, streams: dict[int, _Stream], timeout: float) -> int:
         deadline = time.monotonic() + timeout
-        status = NO_RESULT
+        status, is_up = NO_RESULT, False
         while streams:
             ready, _, _ = select.select(list(streams), [], [], max(deadline - time.monotonic(), 0))
             if not ready:
@@ -246,13 +250,16 @@ class Guest:
             for fd in ready:
                 data = os.read(fd, 65536)
                 ended = streams[fd].feed(data)
+                is_up = is_up or bool(data)
                 if ended is not None:
                     status = ended
                     del streams[fd]
                 elif not data:
-                    said = self.console()
+                    said = self.console() or "it said nothing"
                     self.close()
-                    raise KernelError(f"the guest ended without a result: {said or 'it said nothing'}")
+                    if is_up or "Kernel panic" in said:
+                        raise KernelError(f"the guest ended without a result: {said}")
+                    raise GuestUnavailable(f"user-mode Linux does not start here: {said}")
         return status
 
     def console(self, lines: int = 8) -> str:
