@@ -11,6 +11,7 @@ from proxycore.testing.netns import Namespace
 
 MARK = "0x4000/0x4000"
 VARIANTS = ("legacy", "nft")
+OTHER_VARIANT = {"legacy": "nft", "nft": "legacy"}
 PREFIX = {"IPv4": "iptables", "IPv6": "ip6tables"}
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import re
 import socket
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from proxycore.testing.conformance import problems
 from proxycore.testing.lab import Lab
 from proxycore.testing.states import HOST, context
 
-from .rules import PREFIX, VARIANTS, Served, kube_proxy, load, others, saved
+from .rules import OTHER_VARIANT, PREFIX, VARIANTS, Served, kube_proxy, load, others, saved
 
 pytestmark = pytest.mark.root
 
@@ -156,3 +157,91 @@ def test_refusing_to_adopt(lab, cluster, variant, where):
     with cluster.proxy() as proxy:
         wait_until(lambda: "msg=synced" in cluster.said(), proxy.tail)
         assert proxy.stop() is None, proxy.tail()
+
+
+ADDED = Served("default/added:http", "172.30.0.77", ("10.180.0.5:8080",))
+"""Not among the source's objects, or not yet."""
+
+
+def test_the_other_variants_rules_stay_until_ours_serve_all_and_then_go(lab, cluster, streams, variant):
+    """A kube-proxy at work there adds a Service meanwhile, of which the source tells later."""
+    other = OTHER_VARIANT[variant]
+    for family in PREFIX:
+        for each in VARIANTS:
+            load(lab.node, each, family, others(family))
+    # Of this name kube-proxy leaves nothing that it does not know.
+    before = [line for line in everything(lab, other).splitlines() if "OFMYOWN" not in line]
+    sync_of_kube_proxy(lab, other, (*SERVICES, GONE), first=True)
+    cluster.configure("iptables", {"variant": variant})
+    broken = cluster.manifests.folder / "9999-broken.yaml"
+    broken.write_text("kind: [Service")
+    calls = (*CALLS, pod_call(ADDED.address))
+    with Clients(lab, CALLS) as clients:
+        clients.wait_for_more()
+        streams()
+        with cluster.proxy() as proxy:
+            wait_until(lambda: "stay until ours serve all" in cluster.said(), proxy.tail)
+            assert "172.30.0.41" in everything(lab, variant)
+            assert "172.30.0.99" in everything(lab, other)
+            sync_of_kube_proxy(lab, other, (*SERVICES, ADDED), first=False)
+            with Clients(lab, calls) as more:
+                more.wait_for_more()
+                assert "172.30.0.77" in everything(lab, other)
+                cluster.add_service(ADDED.address, ["10.180.0.5"])
+                wait_until(lambda: "172.30.0.77" in everything(lab, variant), proxy.tail)
+                assert "172.30.0.77" in everything(lab, other)
+                broken.unlink()
+                wait_until(lambda: everything(lab, other).splitlines() == before, proxy.tail)
+                more.wait_for_more()
+            assert more.failures == []
+            streams()
+            assert "KUBE-SVC-PROXYCORE" in everything(lab, variant)
+            assert proxy.stop() is None, proxy.tail()
+        clients.wait_for_more()
+    assert clients.failures == []
+
+
+def test_killed_while_the_other_variants_rules_go_and_started_again(lab, cluster, streams, variant):
+    other = OTHER_VARIANT[variant]
+    cluster.configure("iptables", {"variant": variant})
+    sync_of_kube_proxy(lab, other, SERVICES, first=True)
+    with Clients(lab, CALLS) as clients:
+        clients.wait_for_more()
+        streams()
+        for removals in (1, 4, 20):
+            if "KUBE" not in everything(lab, other):
+                sync_of_kube_proxy(lab, other, SERVICES, first=True)
+            with cluster.proxy() as proxy:
+                wait_until(
+                    lambda least=removals: cluster.log.read_text().count("msg=removed") >= least, proxy.tail
+                )
+                # Leaving the block kills it.
+            clients.wait_for_more()
+            with cluster.proxy() as proxy:
+                wait_until(lambda: "KUBE" not in everything(lab, other), proxy.tail)
+                assert "KUBE-SVC-PROXYCORE" in everything(lab, variant)
+            clients.wait_for_more()
+        streams()
+    assert clients.failures == []
+
+
+def test_a_kube_proxy_at_work_in_the_rules_that_are_ours_is_named(lab, cluster, variant):
+    """Its syncs take our marker away, again and again."""
+    cluster.configure("iptables", {"variant": variant})
+    sync_of_kube_proxy(lab, variant, SERVICES, first=True)
+    with Clients(lab, CALLS) as clients, cluster.proxy() as proxy:
+
+        def named() -> bool:
+            if "kube-proxy is still running" in cluster.log.read_text():
+                return True
+            if all("KUBE-SVC-PROXYCORE" in saved(lab.node, variant, family) for family in PREFIX):
+                time.sleep(1.0)
+                sync_of_kube_proxy(lab, variant, SERVICES, first=False)
+            return False
+
+        wait_until(lambda: "msg=synced" in cluster.said(), proxy.tail)
+        clients.wait_for_more()
+        wait_until(named, proxy.tail)
+        assert "stop kube-proxy on this node" in cluster.log.read_text()
+        assert proxy.stop() is None, proxy.tail()
+    assert clients.failures == []

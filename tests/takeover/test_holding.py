@@ -15,7 +15,7 @@ from proxycore.kernel import kubeproxy
 from proxycore.takeover import Takeover
 from proxycore.testing.netns import Namespace
 
-from .rules import PREFIX, VARIANTS, Served, kube_proxy, load, saved
+from .rules import OTHER_VARIANT, PREFIX, VARIANTS, Served, kube_proxy, load, saved
 
 pytestmark = pytest.mark.root
 
@@ -25,7 +25,6 @@ SERVICES = (
 )
 ADDED = Served("default/more:http", "172.30.0.43", ("10.180.0.2:8080",))
 POD_CIDR = {"IPv4": "10.0.0.0/8", "IPv6": "fd00:10::/64"}
-OTHER = {"legacy": "nft", "nft": "legacy"}
 MARK = "*nat\n:KUBE-SVC-PROXYCORE - [0:0]\nCOMMIT\n"
 NO_MARK = "*nat\n:KUBE-SVC-PROXYCORE - [0:0]\n-X KUBE-SVC-PROXYCORE\nCOMMIT\n"
 QUICK = (0.01, 0.01, 0.01)
@@ -87,13 +86,13 @@ def made(variant: str, mode: str = "auto", *families: str, **options) -> Takeove
 def test_only_what_is_not_held_goes(namespace, said, held):
     """Of the other variant all goes, whoever made it."""
     load_all(namespace, held, mark=True)
-    load_all(namespace, OTHER[held], mark=True)
-    load(namespace, OTHER[held], "IPv4", "*nat\n:KUBE-SVC-LOCALNET - [0:0]\nCOMMIT\n")
+    load_all(namespace, OTHER_VARIANT[held], mark=True)
+    load(namespace, OTHER_VARIANT[held], "IPv4", "*nat\n:KUBE-SVC-LOCALNET - [0:0]\nCOMMIT\n")
     ours = listing(namespace, held)
     takeover = made(held)
     namespace.call(takeover.refuse_if_needed)
     assert namespace.call(takeover.after_first_sync)
-    assert "KUBE" not in listing(namespace, OTHER[held])
+    assert "KUBE" not in listing(namespace, OTHER_VARIANT[held])
     assert listing(namespace, held) == ours
     assert takeover.problem is None
 
@@ -120,10 +119,10 @@ def test_leaving_names_what_is_beside_and_not_what_is_held(namespace, said, held
     load_all(namespace, held, mark=True)
     assert namespace.call(made(held, "leave").after_first_sync)
     assert said.getvalue() == ""
-    load_all(namespace, OTHER[held])
+    load_all(namespace, OTHER_VARIANT[held])
     takeover = made(held, "leave")
     assert not namespace.call(takeover.after_first_sync)
-    assert f"iptables-{OTHER[held]}" in takeover.problem
+    assert f"iptables-{OTHER_VARIANT[held]}" in takeover.problem
     assert f"iptables-{held}" not in takeover.problem
 
 
@@ -133,7 +132,7 @@ def test_nothing_goes_while_something_is_to_be_waited_for_and_then_what_there_is
 ):
     """A kube-proxy that still works in the other variant adds a Service meanwhile."""
     monkeypatch.setattr("proxycore.takeover._HOLD_LOOK_SECONDS", 0.001)
-    other = OTHER[held]
+    other = OTHER_VARIANT[held]
     load_all(namespace, held, mark=True)
     load_all(namespace, other)
     seen: list[bool] = []
@@ -174,7 +173,7 @@ def test_the_marker_tells_whose_rules_they_are(namespace, held):
         return namespace.call(lambda: kubeproxy.strangers(names(held)))
 
     assert strangers() == frozenset()
-    load_all(namespace, OTHER[held])
+    load_all(namespace, OTHER_VARIANT[held])
     assert strangers() == frozenset()
     load_all(namespace, held)
     assert strangers() == frozenset(names(held))
