@@ -132,7 +132,8 @@ class IptablesBackend:
             host.close()
             raise
         self._opened, self._context, self._state = host, context, context.host
-        self._counts = counts.Totals()
+        # The first reading of what an earlier run wrote is where this one's counts begin.
+        self._counts = counts.Totals(adopted=[f for f, ruleset in self._rulesets.items() if ruleset.chains])
         return Started(
             adopted="; ".join(adopted) or None,
             holds=tuple(live.name for live in host.tables.values()),

@@ -67,7 +67,7 @@ class FakeTables:
             (table, chain): tuple(Count(self.met.get((table, chain, rule), 0), 0) for rule in rules)
             for table, chains in self.tables.items()
             for chain, rules in chains.items()
-            if shown(table, chain)
+            if table == "nat" and shown(table, chain)
         }
 
     def assert_jumps(self, jumps: Sequence[Jump]) -> None:

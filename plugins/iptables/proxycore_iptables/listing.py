@@ -6,7 +6,7 @@ Pure.  A listing may have hundreds of thousands of lines; it is read line by lin
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
 from typing import NamedTuple
 
 import msgspec
@@ -44,14 +44,15 @@ class Listing(msgspec.Struct, frozen=True, kw_only=True):
         return self.tables.get(name, TableListing())
 
 
-class Counted(NamedTuple):
+class Count(NamedTuple):
     """How often a rule was met."""
 
-    table: str
-    chain: str
-    rule: Rule
     packets: int
     bytes: int
+
+
+Counts = Mapping[tuple[str, str], tuple[Count, ...]]
+"""By table and chain of ours, each rule's count, at its position."""
 
 
 def read(lines: Iterable[str], *, ours: Callable[[str, str], bool], keep: Container[str] = ()) -> Listing:
@@ -158,14 +159,38 @@ class _Reader:
 _EMPTY = mark(())
 
 
-def counters(lines: Iterable[str]) -> Iterator[Counted]:
-    """Every rule in the output of `iptables-save -c`, in its order."""
-    table = ""
+def counters(
+    lines: Iterable[str], *, ours: Callable[[str, str], bool], unreadable: Callable[[str], None]
+) -> Counts:
+    """Read the output of `iptables-save -c`.
+
+    Args: `ours(table, chain)`: is a chain of this name ours?  `unreadable(table)`: called of each table that the tool leaves out.
+    """
+    found: dict[tuple[str, str], list[Count]] = {}
+    table, start = "", "\0"
+    held: list[Count] = []
     for line in lines:
+        # Nearly all lines are rules, and nearly all of these were met by nothing.
         if line.startswith("["):
             numbers, _, rest = line.partition("] -A ")
-            packets, _, size = numbers.partition(":")
-            chain, _, rule = rest.rstrip("\n").partition(" ")
-            yield Counted(table, chain, rule, int(packets[1:]), int(size))
+            if not rest.startswith(start):
+                chain = rest.partition(" ")[0].rstrip("\n")
+                start = f"{chain} "
+                held = found.get((table, chain), [])
+            if numbers == "[0:0":
+                held.append(_NEVER)
+            else:
+                packets, _, size = numbers.partition(":")
+                held.append(Count(int(packets[1:]), int(size)))
+        elif line.startswith(":"):
+            chain = line[1:].partition(" ")[0]
+            if ours(table, chain):
+                found[table, chain] = []
         elif line.startswith("*"):
-            table = line[1:].strip()
+            table, start = line[1:].strip(), "\0"
+        elif left_out := _INCOMPATIBLE.match(line):
+            unreadable(left_out[1])
+    return {place: tuple(counts) for place, counts in found.items()}
+
+
+_NEVER = Count(0, 0)

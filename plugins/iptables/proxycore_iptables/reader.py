@@ -18,6 +18,8 @@ from proxycore.kubechains import is_kube_proxys, target_of
 
 from . import listing
 from .link import Link
+from .listing import Count as Count
+from .listing import Counts as Counts
 from .normal import normal
 from .rules import Jump
 
@@ -63,17 +65,8 @@ def extensions(family: Family) -> tuple[Extension, ...]:
     )
 
 
-class Count(NamedTuple):
-    """How often a rule was met."""
-
-    packets: int
-    bytes: int
-
-
 Census = Mapping[str, Mapping[str, int]]
 """By table our chains, with the number of rules of others that lead to each."""
-Counts = Mapping[tuple[str, str], tuple[Count, ...]]
-"""By table and chain of ours, each rule's count, at its position."""
 
 
 class Reader(Protocol):
@@ -92,7 +85,7 @@ class Reader(Protocol):
         """
 
     def counters(self) -> Counts:
-        """Of every rule of our chains."""
+        """Of every rule of our chains in nat, where a rule is met once for each connection."""
 
     def cleanup(self, *, keep_markers: bool = False) -> tuple[str, ...]:
         """Take away our chains and jumps, filter first; returns a line for each thing that is gone.
@@ -212,15 +205,12 @@ class NftReader:
         return missing
 
     def counters(self) -> Counts:
-        found: dict[tuple[str, str], list[Count]] = {}
+        def read(lines: Iterable[str]) -> Counts:
+            return listing.counters(
+                lines, ours=is_kube_proxys, unreadable=lambda table: _check_readable(self._tools, table)
+            )
 
-        def read(lines: Iterable[str]) -> None:
-            for item in listing.counters(_declaring(lines, found, self._tools)):
-                if (item.table, item.chain) in found:
-                    found[item.table, item.chain].append(Count(item.packets, item.bytes))
-
-        xtables.save(self._tools, read, counters=True)
-        return {place: tuple(counts) for place, counts in found.items()}
+        return xtables.save(self._tools, read, tables=("nat",), counters=True)
 
     def cleanup(self, *, keep_markers: bool = False) -> tuple[str, ...]:
         told: list[str] = []
@@ -239,21 +229,6 @@ class NftReader:
 
     def close(self) -> None:
         pass
-
-
-def _declaring(lines: Iterable[str], into: dict[tuple[str, str], list[Count]], tools: Tools) -> Iterable[str]:
-    """The lines; chains of ours that they declare are put into a mapping before their rules come."""
-    table = ""
-    for line in lines:
-        if line.startswith("*"):
-            table = line[1:].strip()
-        elif line.startswith(":"):
-            chain = line[1:].partition(" ")[0]
-            if is_kube_proxys(table, chain):
-                into[table, chain] = []
-        elif line.startswith("# Table `") and "incompatible" in line:
-            _check_readable(tools, line[9:].partition("'")[0])
-        yield line
 
 
 def census_of(lines: Iterable[str], tools: Tools) -> Census:

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 import msgspec
 
 from proxycore.api import HostState, ServicePortName, ServiceState
+from proxycore.kubechains import TREE
 
 from .dispatch import Shared
 from .frame import FORWARD
@@ -358,7 +359,7 @@ class Work:
                     gone += [chain for chain, (_, after) in pending if after is None and chain in present]
         else:
             gone = []
-        return leaving(gone, lambda chain: chain.startswith("KUBE-SVC-TREE."))
+        return leaving(gone, lambda chain: chain.startswith(TREE))
 
     def _leave(self, draft: Draft, chains: Sequence[str]) -> None:
         """Take chains away; those that rules of others lead to stay, empty."""

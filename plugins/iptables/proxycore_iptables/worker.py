@@ -75,9 +75,9 @@ def census(raw: Raw, request: Request) -> dict[str, dict[str, int]]:
 
 
 def counters(raw: Raw, request: Request) -> dict[str, dict[str, list[int]]]:
-    """By table and chain of ours, packets and bytes of each rule, one after the other."""
+    """By table and chain of ours, packets and bytes of each rule of nat, one after the other."""
     found: dict[str, dict[str, list[int]]] = {}
-    for name in sorted(raw.names()):
+    for name in raw.names() & {"nat"}:
         with raw.open(name) as table:
             found[name] = {
                 chain: table.counters(chain) for chain in table.chains() if is_kube_proxys(name, chain)
