@@ -49,25 +49,26 @@ def is_loopback_guarded(*, log: Log) -> bool:
 _LATER = "route_localnet stays as it is: the run sets it once its guard is in force"
 
 
-def route_loopback(config: Config, tools: Collection[str], *, log: Log, root: Path = Path("/")) -> bool:
+def route_loopback(
+    config: Config, tools: Collection[str], *, guarded: bool, log: Log, root: Path = Path("/")
+) -> bool:
     """Let the kernel route packets of loopback addresses, where node ports are served on them.  As prepare(), not strict.
 
-    To be called when the guard is in force.  If the setting was 0, a chain in the nat table of `tools` (names such as
-    `iptables-nft`) remembers first that it was a run of ours that set it.
+    `guarded`: the backend serves them, and its guard is in force; without it nothing is set.  `tools`: whose rules it has, by
+    names such as `iptables-nft`; a chain in their nat table remembers, before the setting is made, that it was a run of
+    ours that did it.  So it does if that stood in other rules: these may be about to go.
     """
-    settings = [item for item in plan(config, 1, route_localnet=True) if item.path == ROUTE_LOCALNET]
-    if not settings:
-        return True
+    settings = [item for item in plan(config, 1, route_localnet=guarded) if item.path == ROUTE_LOCALNET]
     try:
-        # Of the other variant's rules nothing may be left soon.
-        if sysctl.differs(settings[0], root) or loopback.remembered():
-            loopback.remember(tools)
+        known = loopback.remembered()
+        if known or any(sysctl.differs(setting, root) for setting in settings):
+            loopback.remember(frozenset(tools) - known)
     except KernelError as error:
         log.warning(
             "cannot remember that route_localnet was set here: `proxyctl cleanup` will leave it and its guard",
             error=error,
         )
-    return _apply(settings, log, False, root)
+    return _apply(settings, log, False, root) if settings else True
 
 
 def _apply(settings: Sequence[Setting], log: Log, strict: bool, root: Path) -> bool:

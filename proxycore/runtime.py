@@ -243,9 +243,11 @@ class _Proxy:
     def _settle_in(self) -> None:
         """What has to wait for rules in force; on a thread of its own."""
         begun = self._engine.begun
-        # Only now: what guards loopback addresses against other hosts is in force.
-        if begun is not None and begun.loopback_node_ports:
-            hostsetup.route_loopback(self._loaded.config, begun.holds, log=get("host"))
+        if begun is not None and begun.holds:
+            # Only now: what guards loopback addresses against other hosts is in force.
+            hostsetup.route_loopback(
+                self._loaded.config, begun.holds, guarded=begun.loopback_node_ports, log=get("host")
+            )
         self._takeover.after_first_sync()
 
     def _config_changed(self, difference: Difference, loaded: Loaded) -> None:

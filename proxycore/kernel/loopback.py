@@ -8,7 +8,6 @@ from __future__ import annotations
 import shlex
 from collections.abc import Collection, Iterable, Iterator
 
-from ..errors import KernelError
 from ..kubechains import LOCALNET_MARKER
 from . import nftables, xtables
 from .xtables import Tools
@@ -61,17 +60,19 @@ def _without_comment(rule: str) -> str:
     return "\0".join(found)
 
 
-def remembered() -> bool:
-    """Did a run of ours have such packets routed?  Raises KernelError: we may not look."""
-    for tools in _tools():
-        if tools.variant == "legacy":
-            if _has_legacy(tools, "nat") and xtables.save(tools, _remembers, tables=("nat",)):
-                return True
-        else:
-            with nftables.NfTables() as kernel:
-                if kernel.has_chain("ip", "nat", LOCALNET_MARKER):
-                    return True
-    return False
+def remembered() -> frozenset[str]:
+    """Names of the tools in whose rules it is said that a run of ours had such packets routed.
+
+    Raises KernelError: we may not look.
+    """
+    return frozenset(str(tools) for tools in _tools() if _has_marker(tools))
+
+
+def _has_marker(tools: Tools) -> bool:
+    if tools.variant == "legacy":
+        return _has_legacy(tools, "nat") and xtables.save(tools, _remembers, tables=("nat",))
+    with nftables.NfTables() as kernel:
+        return kernel.has_chain("ip", "nat", LOCALNET_MARKER)
 
 
 def _remembers(lines: Iterable[str]) -> bool:
@@ -79,12 +80,10 @@ def _remembers(lines: Iterable[str]) -> bool:
 
 
 def remember(names: Collection[str]) -> None:
-    """Make the chain that says so, with the tools of IPv4 among these, unless it is there.  Raises KernelError."""
-    found = [tools for tools in _tools() if str(tools) in names]
-    if not found:
-        raise KernelError("no tools of iptables for IPv4")
-    for tools in found:
-        xtables.restore(tools, f"*nat\n:{LOCALNET_MARKER} - [0:0]\nCOMMIT\n")
+    """Make the chain that says so, with the tools of IPv4 among these.  Raises KernelError."""
+    for tools in _tools():
+        if str(tools) in names:
+            xtables.restore(tools, f"*nat\n:{LOCALNET_MARKER} - [0:0]\nCOMMIT\n")
 
 
 def _tools() -> Iterator[Tools]:

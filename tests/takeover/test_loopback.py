@@ -67,7 +67,7 @@ def knob(namespace: Namespace, value: str | None = None) -> str:
 
 def test_nothing_guards_an_empty_namespace_and_nothing_is_made_by_looking(namespace):
     assert namespace.call(loopback.guarded) == ""
-    assert not namespace.call(loopback.remembered)
+    assert namespace.call(loopback.remembered) == frozenset()
     assert namespace.call(lambda: xtables.legacy_tables("IPv4")) == frozenset()
     assert namespace.run(["nft", "list", "ruleset"]).stdout == ""
 
@@ -146,7 +146,8 @@ def test_an_init_container_leaves_it_where_no_node_ports_are_wanted_there(namesp
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_it_is_remembered_before_it_is_set(namespace, said, monkeypatch, variant):
+@pytest.mark.parametrize("guarded", [True, False])
+def test_it_is_remembered_before_it_is_set(namespace, said, monkeypatch, variant, guarded):
     config = Config(conntrack=Conntrack(max_per_core=0), localhost_node_ports=True)
     log = logs.get("host")
     tools = [f"iptables-{variant}", f"ip6tables-{variant}"]
@@ -158,20 +159,31 @@ def test_it_is_remembered_before_it_is_set(namespace, said, monkeypatch, variant
         remember(names)
 
     monkeypatch.setattr(loopback, "remember", remembering)
-    assert namespace.call(lambda: hostsetup.route_loopback(config, tools, log=log))
+    assert namespace.call(lambda: hostsetup.route_loopback(config, tools, guarded=True, log=log))
     assert (seen, knob(namespace)) == (["0"], "1")
     assert REMEMBERED in saved(namespace, variant, "IPv4")
     assert REMEMBERED not in saved(namespace, variant, "IPv6")
     # What a later run finds set by an earlier one goes on being remembered, also in another variant.
     other = [name.replace(variant, {"nft": "legacy", "legacy": "nft"}[variant]) for name in tools]
-    assert namespace.call(lambda: hostsetup.route_loopback(config, other, log=log))
+    assert namespace.call(lambda: hostsetup.route_loopback(config, other, guarded=guarded, log=log))
     assert all(REMEMBERED in saved(namespace, each, "IPv4") for each in VARIANTS)
+
+
+def test_without_a_guard_nothing_is_set(namespace, said):
+    config = Config(conntrack=Conntrack(max_per_core=0), localhost_node_ports=True)
+    assert namespace.call(
+        lambda: hostsetup.route_loopback(config, ["iptables-nft"], guarded=False, log=logs.get("host"))
+    )
+    assert knob(namespace) == "0"
+    assert namespace.run(["nft", "list", "ruleset"]).stdout == ""
 
 
 def test_what_others_set_is_not_remembered(namespace, said):
     knob(namespace, "1")
     config = Config(conntrack=Conntrack(max_per_core=0), localhost_node_ports=True)
-    assert namespace.call(lambda: hostsetup.route_loopback(config, ["iptables-nft"], log=logs.get("host")))
+    assert namespace.call(
+        lambda: hostsetup.route_loopback(config, ["iptables-nft"], guarded=True, log=logs.get("host"))
+    )
     assert namespace.run(["nft", "list", "ruleset"]).stdout == ""
 
 
@@ -181,7 +193,9 @@ def test_what_cannot_be_remembered_is_told_and_no_obstacle(namespace, said, monk
 
     monkeypatch.setattr(xtables, "restore", fails)
     config = Config(conntrack=Conntrack(max_per_core=0), localhost_node_ports=True)
-    assert namespace.call(lambda: hostsetup.route_loopback(config, ["iptables-nft"], log=logs.get("host")))
+    assert namespace.call(
+        lambda: hostsetup.route_loopback(config, ["iptables-nft"], guarded=True, log=logs.get("host"))
+    )
     assert knob(namespace) == "1"
     assert "out of luck" in said.getvalue()
 
