@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 
 from proxycore.errors import KernelError
@@ -129,19 +131,28 @@ def test_killed_at_any_place_and_done_again(served, monkeypatch):
     monkeypatch.setattr(cleaning, "chunk_of", lambda tools: 2)
     # Steps can be counted where they are all in this process.
     monkeypatch.setattr(cleaning, "reader", no_reader)
-    restore, left = xtables.restore, [0]
+    left = [1000]
 
-    def step(*arguments):
-        left[0] -= 1
-        if left[0] < 0:
-            raise Killed
-        return restore(*arguments)
+    def step(function):
+        def or_killed(*arguments):
+            left[0] -= 1
+            if left[0] < 0:
+                raise Killed
+            return function(*arguments)
 
-    monkeypatch.setattr(xtables, "restore", step)
+        return or_killed
+
+    monkeypatch.setattr(xtables, "restore", step(xtables.restore))
+    monkeypatch.setattr(counting.Counting, "delete", step(counting.Counting.delete))
+    knob = SimpleNamespace(
+        read_text=cleaning.ROUTE_LOCALNET.read_text, write_text=step(cleaning.ROUTE_LOCALNET.write_text)
+    )
     for steps in range(1000):
         left[0] = steps
         try:
-            clean(served)
+            with monkeypatch.context() as patched:
+                patched.setattr(cleaning, "ROUTE_LOCALNET", knob)
+                clean(served)
         except Killed:
             pass
         else:
@@ -155,7 +166,7 @@ def test_killed_at_any_place_and_done_again(served, monkeypatch):
         assert route_localnet(served) == "0"
         assert counters(served) == set()
         again(served)
-    assert steps > (8 if served.variant == "legacy" else 14)
+    assert steps > (11 if served.variant == "legacy" else 17)
 
 
 def no_reader(*arguments):
