@@ -26,7 +26,6 @@ from .config.model import Takeover as Mode
 from .errors import InternalError, KernelError, ProxyError
 from .kernel import kubeproxy, presence
 from .kernel.kubeproxy import Census, Part
-from .kubechains import MARKER
 from .logs import Log
 from .model import HostState
 from .plugins import list_plugins, load_backend
@@ -181,10 +180,8 @@ class Takeover:
         """What the backend goes on with is not known yet: all counts, but for what bears its mark."""
         if not self._adopts:
             return self._census()
-        found = kubeproxy.census(without=self._without - {"iptables"}, exclude_cidrs=self._exclude_cidrs)
-        marked = {tools for tools, rules in found.rules if rules.table == "nat" and MARKER in rules.chains}
-        return msgspec.structs.replace(
-            found, rules=tuple(item for item in found.rules if item[0] not in marked)
+        return kubeproxy.census(
+            without=self._without - {"iptables"}, held=kubeproxy.marked(), exclude_cidrs=self._exclude_cidrs
         )
 
     def _held(self) -> Collection[str]:

@@ -6,6 +6,7 @@ leaves what the later ones need to find their part, so that one that was killed 
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from ipaddress import ip_address, ip_network
@@ -334,17 +335,27 @@ def strangers(held: Collection[str]) -> frozenset[str]:
 
     kube-proxy removes it with its first sync.  What cannot be read is none.
     """
+    chains = {str(tools): _telling(tools) for tools in xtables.find() if str(tools) in held}
+    return frozenset(name for name, there in chains.items() if there == {"KUBE-SERVICES"})
+
+
+def marked() -> frozenset[str]:
+    """Names of the tools whose rules bear the marker; what cannot be read does not.  Quick, however many rules there are
+    with iptables-nft."""
     found: set[str] = set()
     for tools in xtables.find():
-        if str(tools) not in held:
-            continue
-        chains = _legacy_nat(tools) if tools.variant == "legacy" else _nft_nat(tools.family)
-        if "KUBE-SERVICES" in chains and kubechains.MARKER not in chains:
-            found.add(str(tools))
+        with contextlib.suppress(KernelError):
+            if kubechains.MARKER in _telling(tools):
+                found.add(str(tools))
     return frozenset(found)
 
 
 _TELLING = ("KUBE-SERVICES", kubechains.MARKER)
+
+
+def _telling(tools: Tools) -> frozenset[str]:
+    """Which of these chains there are."""
+    return _legacy_nat(tools) if tools.variant == "legacy" else _nft_nat(tools.family)
 
 
 def _nft_nat(family: Family) -> frozenset[str]:

@@ -177,10 +177,13 @@ def test_the_marker_tells_whose_rules_they_are(namespace, held):
     assert strangers() == frozenset()
     load_all(namespace, held)
     assert strangers() == frozenset(names(held))
+    assert namespace.call(kubeproxy.marked) == frozenset()
     load(namespace, held, "IPv4", MARK)
     assert strangers() == {f"ip6tables-{held}"}
+    assert namespace.call(kubeproxy.marked) == {f"iptables-{held}"}
     load(namespace, held, "IPv6", MARK)
     assert strangers() == frozenset()
+    assert namespace.call(kubeproxy.marked) == frozenset(names(held))
     # A table of the backend's own where nothing is left is nobody's.
     for family in PREFIX:
         load(
