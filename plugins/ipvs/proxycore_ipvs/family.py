@@ -153,12 +153,15 @@ class FamilyPlane:
         if state is not None:
             try:
                 number = self.ids.take(name)
-                objects = render(state, shape, number, self._class_of(state, shape))
+                objects = render(state, shape, number)
             except (Exhausted, ValueError) as error:
                 outcome.failed[name] = f"it cannot be put into words: {error}"
                 return self._put_back(name, self.desired.get(name))
             refused = [each for each in objects.unsupported if each.frontend is not None]
             if not refused:
+                port_class = self._class_of(state, shape)
+                if port_class:
+                    objects = render(state, shape, number, port_class)
                 outcome.notes += (f"{name}: {each}" for each in objects.unsupported)
                 return self.desired.put(name, objects)
             outcome.unsupported[name] = "; ".join(map(str, refused))
@@ -441,6 +444,10 @@ class FamilyPlane:
             self.memory.draining[key] = kept
         touched = Touched(frozenset((key,)), frozenset())
         plan, keys = self._plan([touched], now, whole=False)
+        if plan.first or plan.sets:
+            # Somebody else was there; what is missing is told before it is put right.
+            self.doubtful = True
+            return
         if self._run(plan, Outcome()):
             self.doubtful = True
         self.memory.drains(keys, {d: t for d, t in plan.draining.items() if d.key in self.memory.servers})
