@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import NamedTuple
 
 import msgspec
@@ -178,9 +178,11 @@ class _Rendering:
             flags |= PERSISTENT
         server = Server(key, scheduler, flags, affinity_seconds or 0)
         destinations: dict[tuple[str, int], Destination] = {}
-        for endpoint in pool.endpoints:
+        for endpoint, weight in (*((e, e.weight) for e in pool.endpoints), *self._kept(name)):
             at = (endpoint.address, endpoint.port)
-            destinations[at] = Destination(*at, endpoint.weight)
+            if at in destinations:
+                continue
+            destinations[at] = Destination(*at, weight)
             loop = Entry(
                 self._set(SetKind.LOOP),
                 endpoint.address,
@@ -190,6 +192,18 @@ class _Rendering:
             )
             self.entries[loop] = None
         self.servers[key] = VirtualServer(server, destinations, self.state.name.protocol)
+
+    def _kept(self, name: PoolName) -> Iterator[tuple[Endpoint, int]]:
+        """Endpoints that still serve and get no new flows.
+
+        A TCP endpoint that has gone drains; one of another protocol ends its flows when it goes.
+        """
+        if self.state.name.protocol == "TCP":
+            return
+        for endpoint in self.state.endpoints:
+            reachable = name is PoolName.CLUSTER or endpoint.is_local
+            if reachable and endpoint.terminating and endpoint.serving:
+                yield endpoint, 0
 
     def _scheduler(self, endpoints: tuple[Endpoint, ...]) -> str:
         chosen = self.shape.scheduler

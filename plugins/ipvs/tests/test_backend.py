@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import msgspec
 import pytest
 
-from proxycore.api import ConfigError, KernelError, PoolName
+from proxycore.api import ConfigError, Endpoint, KernelError, PoolName
 from proxycore.testing.states import (
     EXTERNAL_LOCAL,
     HOST,
@@ -169,6 +170,17 @@ def test_a_service_that_goes_drains_and_gives_back_its_number(backend, system, c
 def test_udp_endpoints_go_at_once(backend, system):
     apply(backend, full(web(A, name=DNS)))
     apply(backend, batch(web(B, name=DNS)))
+    assert weights(system) == {B: 1}
+
+
+def test_a_udp_endpoint_that_still_serves_keeps_its_flows(backend, system):
+    ending = Endpoint(address="10.0.1.1", port=80, ready=False, serving=True, terminating=True)
+    state = web(B, name=DNS)
+    apply(backend, full(web(A, name=DNS)))
+    apply(backend, batch(msgspec.structs.replace(state, endpoints=(ending, *state.endpoints))))
+    assert weights(system) == {A: 0, B: 1}
+    assert backend.proxycore_backend_verify(True).drift == ()
+    apply(backend, batch(state))
     assert weights(system) == {B: 1}
 
 
