@@ -29,8 +29,10 @@ from proxycore.api import (
 
 from . import cleaning, counts, drift, offline
 from .family import FamilyPlane, Outcome
+from .marks import Marks
 from .memory import Memory
 from .options import Options, parse_options
+from .servers import AddServer, ByMark, DeleteServer, Server
 from .system import RealSystem, System
 
 CAPABILITIES = frozenset(Capability) - {Capability.ATOMIC, Capability.LOCALHOST_NODE_PORT}
@@ -91,6 +93,9 @@ class IpvsBackend:
             totals = counts.Totals()
             for plane in planes.values():
                 totals.begin(plane, system)
+            held = [server for plane in planes.values() for server in plane.memory.servers.values()]
+            if all(server.server.scheduler != options.scheduler for server in held):
+                _check_scheduler(system, options.scheduler)
             system.prepare(options)
         except BaseException:
             system.close()
@@ -218,6 +223,17 @@ class IpvsBackend:
 
 def _failures(found: Iterable[Iterable[tuple[ServicePortName, str]]]) -> tuple[Failure, ...]:
     return tuple(Failure(name=name, why=why) for items in found for name, why in items)
+
+
+def _check_scheduler(system: System, name: str) -> None:
+    """Raises KernelError: this kernel has none of that name, and cannot load it."""
+    # Known connections carry this mark, and no virtual server of ours has it.
+    trial = ByMark("IPv4", Marks().ours)
+    for refusal in system.kernel.run([AddServer(Server(trial, name)), DeleteServer(trial)]):
+        if refusal.reason == "no scheduler":
+            raise KernelError(
+                f"this kernel has no scheduler {name} for IPVS (module ip_vs_{name})", errno=refusal.errno
+            )
 
 
 def _found(system: System, family: Family, plane: FamilyPlane, host: HostState) -> str:

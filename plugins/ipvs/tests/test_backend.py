@@ -5,7 +5,7 @@ from __future__ import annotations
 import msgspec
 import pytest
 
-from proxycore.api import ConfigError, Endpoint, KernelError, PoolName
+from proxycore.api import ConfigError, Endpoint, KernelError, Pool, PoolName
 from proxycore.testing.states import (
     EXTERNAL_LOCAL,
     HOST,
@@ -220,8 +220,18 @@ def test_an_entry_that_a_set_refuses_is_its_services_fault(backend, system):
 
 
 def test_a_scheduler_that_is_not_there_is_told(system, clock):
-    backend = started(system, clock, scheduler="nosuch")
-    result = backend.proxycore_backend_apply(full(web(A)))
+    with pytest.raises(KernelError, match="no scheduler nosuch"):
+        started(system, clock, scheduler="nosuch")
+    assert system.servers.servers() == []
+    started(system, clock, scheduler="lc")
+    assert system.servers.servers() == []
+
+
+def test_a_scheduler_by_weights_that_is_not_there_fails_whom_it_concerns(backend, system):
+    system.servers.schedulers = frozenset(["rr"])
+    heavy = Endpoint(address="10.0.1.9", port=80, weight=5)
+    pools = Pool(endpoints=(heavy, *web(A).cluster.endpoints))
+    result = backend.proxycore_backend_apply(full(msgspec.structs.replace(web(A), cluster=pools)))
     assert "no scheduler" in result.failed[0].why
 
 
