@@ -30,7 +30,7 @@ def compare(plane: FamilyPlane, system: System, now: float) -> list[Drift]:
     ]
     found = system.tables[plane.family].read()
     drift += _rules(plane, found)
-    parts = netrules.policy_routes(plane.shape)
+    parts = plane.wanted_routes()
     present = system.routing.present(parts)
     drift += [Drift(service=None, what=f"`{part}` is gone") for part in parts if part not in present]
     plan = diff.plan(

@@ -114,6 +114,7 @@ class FakeSystem:
     """It outlives the backends that are opened on it."""
 
     def __init__(self) -> None:
+        self.marks_checked = False
         self.servers = FakeKernel()
         self.entries = FakeSets()
         self.routes = FakeRouting()
@@ -128,6 +129,9 @@ class FakeSystem:
 
     def prepare(self, options: Options) -> None:
         set_timeouts(self.kernel, options)
+
+    def checks_marks(self) -> bool:
+        return self.marks_checked
 
     def close(self) -> None:
         pass

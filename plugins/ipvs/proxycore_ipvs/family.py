@@ -26,9 +26,10 @@ from .entries import NODE_PORTS, Entry, SetKind, SetName
 from .host import render_host
 from .ids import Classes, Exhausted, Ids, Target
 from .memory import Memory
-from .netrules import Jump, Place
+from .netrules import Jump, LocalRoute, Place
 from .options import Options
 from .plane import Objects, owners, render, target_of, values_in
+from .routing import Part
 from .servers import ByMark, Operation, Refusal
 from .shape import Shape, shape_of
 from .system import System
@@ -225,12 +226,7 @@ class FamilyPlane:
         """Policy routing, sets, rules: what is not there."""
         assert self.shape is not None
         if whole:
-            parts = netrules.policy_routes(self.shape)
-            present = self._system.routing.present(parts)
-            for part in parts:
-                if part not in present:
-                    self._system.routing.add(part)
-                    outcome.operations += 1
+            outcome.operations += self._route()
         needed = self.wanted_sets() | {
             entry.set for each in touched for entry in each.entries if entry.set.kind in _NODE_PORT_SETS
         }
@@ -248,6 +244,31 @@ class FamilyPlane:
             self._tables.load(netrules.load(changed, missing))
             self.there = Found({**self.there.chains, **changed}, (*self.there.jumps, *missing))
             outcome.operations += sum(map(len, changed.values())) + len(missing)
+
+    def wanted_routes(self) -> tuple[Part, ...]:
+        """Policy routing as it should be.
+
+        The rule by which the way back is not through `lo` catches packets of the node itself as well; one for an endpoint
+        on an address of the node would then leave by the route of its cluster IP, which IPVS keeps.  So that rule is there
+        only where the kernel looks for the way back by the mark.
+        """
+        assert self.shape is not None
+        parts = netrules.policy_routes(self.shape)
+        if self.family == "IPv4" and self._system.checks_marks():
+            return parts
+        return tuple(part for part in parts if isinstance(part, LocalRoute) or part.interface is None)
+
+    def _route(self) -> int:
+        assert self.shape is not None
+        wanted, parts = self.wanted_routes(), netrules.policy_routes(self.shape)
+        present = self._system.routing.present(parts)
+        missing = [part for part in wanted if part not in present]
+        spare = [part for part in parts if part in present and part not in wanted]
+        for part in missing:
+            self._system.routing.add(part)
+        for part in spare:
+            self._system.routing.delete(part)
+        return len(missing) + len(spare)
 
     def _missing_jumps(self) -> tuple[Jump, ...]:
         assert self.shape is not None

@@ -48,6 +48,7 @@ class Rehearsal:
 
     def __init__(self, families: Iterable[Family], under: System | None = None) -> None:
         self.steps: list[Step] = []
+        self._under = under
         self.kernel: Kernel = _Kernel(self.steps, under)
         self.sets: Sets = _Sets(self.steps, under)
         self.routing: Routing = _Routing(self.steps, under)
@@ -57,6 +58,9 @@ class Rehearsal:
 
     def prepare(self, options: Options) -> None:
         pass
+
+    def checks_marks(self) -> bool:
+        return self._under is not None and self._under.checks_marks()
 
     def close(self) -> None:
         pass

@@ -32,6 +32,10 @@ class System(Protocol):
         """Settings of the kernel; raises KernelError."""
         ...
 
+    def checks_marks(self) -> bool:
+        """Does the kernel look for the way back of an IPv4 packet by the mark that it carries?"""
+        ...
+
     def close(self) -> None: ...
 
 
@@ -60,9 +64,19 @@ class RealSystem:
             _set(each.path, each.value)
         set_timeouts(self.kernel, options)
 
+    def checks_marks(self) -> bool:
+        return any(_is_set(file) for file in Path("/proc/sys/net/ipv4/conf").glob("*/src_valid_mark"))
+
     def close(self) -> None:
         self.sets.close()
         self.kernel.close()
+
+
+def _is_set(file: Path) -> bool:
+    try:
+        return file.read_text().strip() not in ("", "0")
+    except OSError:
+        return False
 
 
 def _set(path: str, value: str) -> None:

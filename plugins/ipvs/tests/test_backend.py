@@ -297,6 +297,20 @@ def test_the_nodes_addresses_are_followed(backend, system):
     assert [entry.address for entry in members] == ["192.168.0.9"]
 
 
+def test_the_way_back_by_the_mark_is_minded_where_the_kernel_looks_for_it(backend, system):
+    apply(backend, full(web(A)))
+    assert {str(part) for part in system.routes.parts if "pref 299" in str(part)} == set()
+    system.marks_checked = True
+    (drift,) = backend.proxycore_backend_verify(True).drift
+    assert "pref 299 iif lo" in drift.what
+    apply(backend, full(web(A)))
+    (rule,) = (str(part) for part in system.routes.parts if "pref 299" in str(part))
+    assert rule.startswith("ip -4 ")
+    system.marks_checked = False
+    apply(backend, full(web(A)))
+    assert not [part for part in system.routes.parts if "pref 299" in str(part)]
+
+
 def test_node_port_sets_come_with_the_first_node_port(backend, system):
     apply(backend, full(web(A)))
     assert "PX4-NP-tcp" not in system.entries.states()
