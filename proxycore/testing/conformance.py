@@ -60,7 +60,7 @@ CANARY = Flow(
 DUMPS: Mapping[str, tuple[tuple[str, ...], ...]] = {
     "nft": (("nft", "list", "ruleset"),),
     "iptables": (("iptables-save",), ("ip6tables-save",)),
-    "ipvs": (("ipvsadm", "-Sn"),),
+    "ipvs": (("ipvsadm", "-Sn"), ("ipset", "save")),
 }
 """Commands that print all rules of a backend, as a person would look at them."""
 
