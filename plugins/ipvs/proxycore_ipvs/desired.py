@@ -43,6 +43,11 @@ class Desired:
         """What an owner wants."""
         return self._of.get(owner)
 
+    def holder(self, entry: Entry) -> Owner | None:
+        """Whose value an entry has; None: nobody's."""
+        held = self._values.get(entry)
+        return held[0] if held is not None else None
+
     def put(self, owner: Owner, objects: Objects | None) -> Touched:
         """From now on the owner wants this; None: nothing.  Returns what of it is not as before."""
         before, after = self._of.get(owner, _NOTHING), objects or _NOTHING

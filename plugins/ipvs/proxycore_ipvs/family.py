@@ -416,10 +416,21 @@ class FamilyPlane:
     ) -> Touched:
         if name not in outcome.failed and name in before:
             outcome.failed[name] = why
-            return self._put_back(name, before[name])
+            return self._put_back(name, self._not_taken(name, before[name]))
         outcome.failed.pop(name, None)
         outcome.dropped[name] = why
         return self._put_back(name, None)
+
+    def _not_taken(self, name: ServicePortName, objects: Objects | None) -> Objects | None:
+        """Without frontends that others have from this batch on."""
+        if objects is None:
+            return None
+        entries = {
+            entry: value
+            for entry, value in objects.entries.items()
+            if self.desired.holder(entry) in (None, name)
+        }
+        return Objects(objects.servers, entries, objects.unsupported)
 
     # -- what goes on by itself --
 

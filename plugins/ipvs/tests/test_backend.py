@@ -203,6 +203,25 @@ def test_one_that_is_refused_fails_alone_and_keeps_what_it_had(backend, system):
     assert weights(system) == {A: 1, B: 1, C: 1}
 
 
+def test_one_that_is_refused_leaves_its_frontend_to_whom_it_went(backend, system):
+    apply(backend, full(web(A)))
+    system.servers.refuse = lambda operation: (
+        22 if isinstance(operation, AddDestination) and operation.destination.address == "10.0.1.3" else 0
+    )
+    other = name_of("other")
+    moved = service(WEB, frontend("172.30.0.2"), cluster=[C])
+    result = backend.proxycore_backend_apply(
+        batch(moved, service(other, frontend("172.30.0.1"), cluster=[B]))
+    )
+    assert [failure.name for failure in result.failed] == [WEB]
+    text = "\n".join(each.native for each in backend.proxycore_backend_inspect(other))
+    assert "172.30.0.1,tcp:80" in text
+    assert "10.0.1.2:80" in text
+    members = system.entries.members(_spec(system, "PX4-VIP"))
+    assert [entry.address for entry in members] == ["172.30.0.1"]
+    assert backend.proxycore_backend_verify(True).drift == ()
+
+
 def test_a_new_one_that_is_refused_leaves_nothing(backend, system):
     apply(backend, full())
     empty = system.dump()
