@@ -26,6 +26,7 @@ from proxycore.api import (
     Verification,
     hookimpl,
 )
+from proxycore.kernel.xtables import LockHeld
 
 from . import cleaning, counts, drift, offline
 from .family import FamilyPlane, Outcome
@@ -143,6 +144,11 @@ class IpvsBackend:
             except KernelError as error:
                 unknown += changes
                 messages.append(str(error))
+                if isinstance(error, LockHeld):
+                    # Whoever has the lock has it for the other family, too.
+                    later = list(self._planes)[list(self._planes).index(family) + 1 :]
+                    unknown += [c.name for c in batch.changes if c.name.family in later]
+                    break
         if messages and not done:
             return ApplyResult(
                 generation=batch.generation, outcome="rejected", culprits=(), message="; ".join(messages)

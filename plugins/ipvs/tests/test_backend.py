@@ -6,6 +6,7 @@ import msgspec
 import pytest
 
 from proxycore.api import ConfigError, Endpoint, KernelError, Pool, PoolName
+from proxycore.kernel.xtables import LockHeld
 from proxycore.testing.states import (
     EXTERNAL_LOCAL,
     HOST,
@@ -305,6 +306,21 @@ def test_a_kernel_that_is_not_to_be_asked_rejects_and_nothing_is_lost(backend, s
     system.servers.run = run
     apply(backend, batch(web(A, B)))
     assert weights(system) == {A: 1, B: 1}
+
+
+def test_a_lock_that_somebody_holds_is_nobodys_fault(backend, system):
+    def held(text):
+        raise LockHeld(5, (), "/run/xtables.lock")
+
+    for tables in system.chains.values():
+        tables.load = held
+    result = backend.proxycore_backend_apply(full(web(A)))
+    assert (result.outcome, result.culprits, result.unknown) == ("rejected", (), ())
+    assert "lock" in result.message
+    for tables in system.chains.values():
+        del tables.load
+    apply(backend, full(web(A)))
+    assert weights(system) == {A: 1}
 
 
 def test_the_nodes_addresses_are_followed(backend, system):
