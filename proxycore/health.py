@@ -149,9 +149,10 @@ def _pending(facts: Facts) -> Check:
     waited = max(0.0, facts.monotonic - status.pending_since)
     limit = 2 * facts.sync_period_seconds
     detail = f"the oldest change has been waiting for {waited:.0f} s"
-    if waited < limit:
-        return Check(name="pending", healthy=True, detail=detail, age_seconds=waited, gates=_ALL)
     cause, more = _cause(status)
+    if waited < limit:
+        said = f"{detail}: {cause}" if cause else detail
+        return Check(name="pending", healthy=True, detail=said, age_seconds=waited, gates=_ALL, more=more)
     if not cause and facts.backend_overdue:
         cause = "a call of the backend is past its deadline"
     detail = f"{detail}, past the limit of {limit:g} s"

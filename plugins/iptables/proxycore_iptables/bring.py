@@ -30,6 +30,15 @@ class Stuck(KernelError):
     """iptables refuses what no single Service port can be blamed for; the tables are as some step on the way left them."""
 
 
+def stuck(refused: RestoreRefused) -> Stuck:
+    """In words for the log."""
+    return Stuck(
+        f"iptables refuses what no single Service can be blamed for: {refused}; the kernel's log (`dmesg`) may say more, and "
+        "nothing else is to be done: the next try comes by itself",
+        errno=refused.errno,
+    )
+
+
 class Bringer:
     """One batch for one family, on the way.  `make`: what it asks, by what the ruleset knows."""
 
@@ -85,7 +94,7 @@ class Bringer:
             if len(piece.sections) == 1 or (refused.line or sys.maxsize) <= len(piece.sections[0].lines) + 2:
                 self._ruleset.doubtful = False
             if refused.errno:
-                raise Stuck(str(refused), errno=refused.errno) from refused
+                raise stuck(refused) from refused
             raise
         except LockHeld:
             # The tool takes the lock for each table anew.
@@ -124,7 +133,7 @@ class Bringer:
                 self._all(lambda: self._work.last_pieces(size))
             except RestoreRefused as refused:
                 if self._read_again:
-                    raise Stuck(str(refused), errno=refused.errno) from refused
+                    raise stuck(refused) from refused
                 self._reread()
             else:
                 return
@@ -189,9 +198,13 @@ class Bringer:
 
     def _blame(self, name: ServicePortName, refused: RestoreRefused, line: str = "") -> None:
         self._in_a_row += 1
-        if self._in_a_row == FAULTS_IN_ONE:
+        if self._in_a_row in (1, FAULTS_IN_ONE):
             self._try_anything(refused)
-        rule = f" (`{line[:200]}`)" if line else ""
+        rule = (
+            f" (`{line[:200]}`)"
+            if line
+            else " (which rule of it is not told; the kernel's log, `dmesg`, may say more)"
+        )
         why = f"iptables refused its rules: {refused.said}{rule}"
         if name in self._work.failed:
             self._work.drop(name, f"{why}; what was in force is refused as well")
@@ -203,4 +216,4 @@ class Bringer:
         try:
             self._live.restore(_TRIAL, ())
         except RestoreRefused as also:
-            raise Stuck(f"iptables refuses everything: {also}", errno=also.errno) from refused
+            raise stuck(also) from refused

@@ -49,27 +49,31 @@ def compare(ruleset: Ruleset, live: Live, listing: Listing) -> tuple[list[Drift]
         (table, chain)
         for table in ALL_TABLES
         for chain in ruleset.present[table]
-        if chain not in expected[table] and ours(table, chain) and (table, chain) not in ruleset.used
+        if chain not in expected[table] | dict.fromkeys(ruleset.kept, 0)
+        and ours(table, chain)
+        and (table, chain) not in ruleset.used
     ]
     drift: list[Drift] = []
     if suspects:
         drift += _judged(ruleset, live, suspects, expected)
     drift += [
-        Drift(service=None, what=f"{live.variant} {t}: chain {c} was made by somebody else") for t, c in added
+        Drift(service=None, what=f"{live.name} {t}: chain {c} was made by somebody else") for t, c in added
     ]
     stale = ruleset.stale(ruleset.frame)
     others = bool(drift or stale)
     missing = ruleset.missing(ruleset.frame)
     for rule in missing:
         if rule not in missing_before:
-            where = f"{live.variant} {rule.table}"
+            where = f"{live.name} {rule.table}"
             drift.append(Drift(service=None, what=f"{where}: the rule -A {rule.chain} {rule.rule} is gone"))
     for jump in stale:
-        what = f"{live.variant} {jump.table}: the rule -A {jump.chain} {jump.rule} was put there by somebody else"
+        what = f"{live.name} {jump.table}: the rule -A {jump.chain} {jump.rule} was put there by somebody else, and goes"
         drift.append(Drift(service=None, what=what))
     if not drift and not missing:
         ruleset.unsettled = False
     alone = not others and all((rule.table, rule.chain) != GUARDED for rule in missing)
+    # Services first: a log shows but a few.
+    drift.sort(key=lambda item: item.service is None)
     return drift, missing if alone else []
 
 
@@ -101,9 +105,9 @@ def _judged(
             for rule in lacking & entries.keys():
                 by_service.setdefault(entries[rule], _Found()).lacking.append(chain)
             told = _told_of_shared(ruleset, chain, meant, shown, lacking <= entries.keys())
-            drift += [Drift(service=None, what=f"{live.variant} {table}: {told}")] if told else []
+            drift += [Drift(service=None, what=f"{live.name} {table}: {told}")] if told else []
     services = [
-        Drift(service=name, what=f"{live.variant}: {_told(found)}") for name, found in by_service.items()
+        Drift(service=name, what=f"{live.name}: {_told(found)}") for name, found in by_service.items()
     ]
     return drift + services
 

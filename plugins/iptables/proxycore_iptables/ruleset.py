@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 
 from proxycore.api import Family, HostState, ServicePortName, ServiceState
@@ -55,6 +56,8 @@ class Ruleset:
         self._leading: dict[tuple[TableName, str, Rule], Jump] = {}
         """Rules that lead to chains of ours, or may: table, chain and normal form, with their words."""
         self.has_guarded = False
+        self.kept: set[str] = set()
+        """Marks beside our own that were seen."""
         self.forward: Rules = ()
         """What KUBE-FORWARD holds."""
         self.used: frozenset[tuple[TableName, str]] = frozenset()
@@ -112,6 +115,11 @@ class Ruleset:
         self._comments = shape.comments
         self._endpoints = endpoints
 
+    def fixed(self, framed: Frame) -> dict[Place, Rules]:
+        """Chains that are there once and are wholly ours."""
+        found = {place: rules for place, rules in framed.chains.items() if place != GUARDED}
+        return found | {Place("nat", chain): () for chain in self.kept}
+
     def rules_of(self, name: ServicePortName) -> ServiceRules:
         """What is in force of a Service port."""
         state = self.states.get(name)
@@ -119,7 +127,7 @@ class Ruleset:
 
     def wanted_chains(self) -> dict[tuple[TableName, str], Rules]:
         """Every chain that should be there, the Services' own excepted."""
-        found = {(place.table, place.chain): rules for place, rules in fixed_chains(self.frame).items()}
+        found = {(place.table, place.chain): rules for place, rules in self.fixed(self.frame).items()}
         for place, shared in self.shared.items():
             found.update({(place.table, name): rules for name, rules in shared.chains().items()})
         return found
@@ -153,15 +161,15 @@ class Ruleset:
             marks = listing.table(table).marks
             self.present[table] = {name: self._same.get(shown, shown) for name, shown in marks.items()}
         self.has_guarded = self.present[GUARDED.table].pop(GUARDED.chain, None) is not None
-        for chain in KEPT_MARKERS:
-            self.present["nat"].pop(chain, None)
+        # Whoever made them wants them back when somebody has flushed the table.
+        self.kept |= KEPT_MARKERS & self.present["nat"].keys()
         used = {(table, chain) for table in ALL_TABLES for chain in listing.table(table).users}
         self._leading = {}
         for table in ALL_TABLES:
             for chain, rules in listing.table(table).built_in.items():
                 for rule in rules:
                     target = (target_of(f"-A {chain} {rule}") or "") if "KUBE-" in rule else ""
-                    if is_jump(chain, target) or target == GUARDED.chain:
+                    if target == GUARDED.chain or (is_jump(chain, target) and is_plain(rule, target)):
                         self.put((Jump(table, chain, rule),))
                     elif ours(table, target):
                         # Somebody else's rule, such as one that marks packets for masquerading.
@@ -215,6 +223,14 @@ class Ruleset:
 NOTHING = ServiceRules({}, {})
 
 
+_OF_JUMPS = re.compile(r'-m comment --comment (?:"[^"]*"|\S+) |-m conntrack --ctstate NEW ')
+
+
+def is_plain(rule: Rule, target: str) -> bool:
+    """Does a rule send everything, or every new connection, to a chain, as kube-proxy's jumps do?"""
+    return _OF_JUMPS.sub("", rule) == f"-j {target}"
+
+
 def _key(jump: Jump) -> tuple[TableName, str, Rule]:
     return jump.table, jump.chain, normal(jump.rule)
 
@@ -224,11 +240,6 @@ def count(state: ServiceState | None) -> int:
     if state is None:
         return 0
     return max(len(pool.endpoints) if pool else 0 for pool in (state.cluster, state.local))
-
-
-def fixed_chains(framed: Frame) -> dict[Place, Rules]:
-    """Chains that are there once and are wholly ours."""
-    return {place: rules for place, rules in framed.chains.items() if place != GUARDED}
 
 
 def ensured_rules(framed: Frame) -> tuple[Jump, ...]:

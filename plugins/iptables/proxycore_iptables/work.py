@@ -25,7 +25,6 @@ from .ruleset import (
     Ruleset,
     count,
     entries_of,
-    fixed_chains,
     framed_of,
     ours,
 )
@@ -254,14 +253,14 @@ class Work:
     def _fixed(self, draft: Draft) -> None:
         if not self.whole:
             return
-        for place, rules in fixed_chains(self.frame).items():
+        for place, rules in self._ruleset.fixed(self.frame).items():
             there = place == MARKER or self._is_there(place.table, place.chain, rules)
             if place.table == draft.table and not there:
                 draft.write(place.chain, rules)
 
     def _filter_frame(self) -> Iterator[tuple[str, Rules]]:
         """Chains of the frame in the filter table that are not as they should be."""
-        for place, rules in fixed_chains(self.frame).items() if self.whole else ():
+        for place, rules in self._ruleset.fixed(self.frame).items() if self.whole else ():
             if place.table == "filter" and not self._is_there(place.table, place.chain, rules):
                 yield place.chain, rules
 
@@ -343,7 +342,7 @@ class Work:
         """Chains of ours or kube-proxy's that are there and not wanted, those first that lead to others."""
         present = self._ruleset.present[table]
         if self.whole:
-            wanted = {place.chain for place in fixed_chains(self.frame) if place.table == table}
+            wanted = {place.chain for place in self._ruleset.fixed(self.frame) if place.table == table}
             for place, shared in self._shared.items():
                 if place.table == table:
                     wanted.update(shared.chains())

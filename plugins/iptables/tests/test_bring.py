@@ -8,7 +8,8 @@ import msgspec
 import pytest
 
 from proxycore.api import Capability, KernelError, ServiceState
-from proxycore.kubechains import MARKER
+from proxycore.kernel.xtables import RestoreRefused
+from proxycore.kubechains import LOCALNET_MARKER, MARKER
 from proxycore.testing.states import HOST, batch, context, frontend, full, host, name_of, numbered, service
 from proxycore_iptables.backend import CAPABILITIES, IptablesBackend
 from proxycore_iptables.fake import FakeHost
@@ -86,15 +87,15 @@ def test_however_many_are_refused_the_others_are_served(variant, named, bad):
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_where_nothing_is_accepted_nobody_is_blamed(variant):
+@pytest.mark.parametrize("services", [1, 20])
+def test_where_nothing_is_accepted_nobody_is_blamed(variant, services):
     fake = FakeHost(variant)
-    for tables in fake.tables.values():
-        tables.refuse_commit = lambda rule: True
-        tables.refuse_line = lambda rule: True
     backend = started(fake)
-    result = backend.proxycore_backend_apply(full(*(numbered(i, 1) for i in range(20))))
-    assert (result.outcome, result.culprits) == ("rejected", ())
-    assert result.message
+    for tables in fake.tables.values():
+        tables.restore = refuse_all
+    result = backend.proxycore_backend_apply(full(*(numbered(i, 1) for i in range(services))))
+    assert (result.outcome, result.culprits, result.failed) == ("rejected", (), ())
+    assert "no single Service" in result.message
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -184,10 +185,38 @@ def test_a_chain_that_others_emptied_is_nobodys_fault(variant):
     assert all(served(fake, state) for state in [*states, new])
 
 
+def refuse_all(text, sections):
+    raise RestoreRefused(
+        "can't initialize iptables table", line=None, lines=(), said="can't initialize table"
+    )
+
+
+def test_a_mark_beside_ours_comes_back_after_a_flush():
+    """It says that route_localnet was 0 before us."""
+    state = numbered(1, 1)
+    fake, backend = running("nft", state)
+    nat = fake.tables["IPv4"].tables["nat"]
+    nat[LOCALNET_MARKER] = []
+    fake.tables["IPv4"].commits += 1
+    assert backend.proxycore_backend_verify(True).drift == ()
+    for chain in [chain for chain in nat if chain.startswith("KUBE-")]:
+        del nat[chain]
+    for rules in nat.values():
+        rules.clear()
+    fake.tables["IPv4"].commits += 1
+    assert backend.proxycore_backend_verify(True).drift
+    backend.proxycore_backend_apply(full(state))
+    assert LOCALNET_MARKER in fake.tables["IPv4"].tables["nat"]
+    assert backend.proxycore_backend_verify(True).drift == ()
+
+
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("chain", ["PREROUTING", "THEIRS"])
-def test_a_rule_of_somebody_else_that_leads_to_us_stays(variant, chain):
-    theirs = "-s 10.77.0.0/16 -p tcp -m tcp --dport 9999 -j KUBE-MARK-MASQ"
+@pytest.mark.parametrize(
+    "theirs",
+    ["-s 10.77.0.0/16 -p tcp -m tcp --dport 9999 -j KUBE-MARK-MASQ", "-s 5.5.5.5/32 -j KUBE-SERVICES"],
+)
+def test_a_rule_of_somebody_else_that_leads_to_us_stays(variant, chain, theirs):
     state = numbered(1, 1)
     fake, backend = running(variant, state)
     tables = fake.tables["IPv4"]
