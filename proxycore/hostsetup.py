@@ -20,7 +20,7 @@ def prepare(
     *,
     log: Log,
     strict: bool,
-    route_localnet: bool = False,
+    guard: str = "",
     root: Path = Path("/"),
     cpus: int | None = None,
 ) -> bool:
@@ -28,22 +28,28 @@ def prepare(
 
     `strict` is for `--init-only`: each knob that should have been set and could not is an error in the log, and the
     result False; those that nobody can set in this network namespace excepted, and this process's own left out.  Without
-    it one line names them all, and the result is always True.  `route_localnet` as in `plan`.  Raises nothing.
+    it one line names them all, and the result is always True.  `guard`: name of the tools in whose rules loopback addresses
+    are guarded: packets of these are routed then, and their nat table remembers it, as in route_loopback().  Raises nothing.
     """
-    settings = plan(config, sysctl.online_cpus() if cpus is None else cpus, route_localnet=route_localnet)
+    settings = plan(config, sysctl.online_cpus() if cpus is None else cpus, route_localnet=bool(guard))
+    if guard:
+        _remember([item for item in settings if item.path == ROUTE_LOCALNET], (guard,), log, root)
     return _apply(settings, log, strict, root)
 
 
-def is_loopback_guarded(*, log: Log) -> bool:
-    """May an init container have packets of loopback addresses routed?  If not, one line says that the run will."""
+def loopback_guard(*, log: Log) -> str:
+    """Behind whose guard, by name of tools, may an init container have packets of loopback addresses routed?
+
+    Empty: behind none; one line says that the run will.
+    """
     try:
         guarded = loopback.guarded()
     except KernelError as error:
         log.info(_LATER, reason=f"cannot see whether loopback addresses are guarded: {error}")
-        return False
+        return ""
     if not guarded:
         log.info(_LATER, reason="nothing guards loopback addresses against other hosts yet")
-    return bool(guarded)
+    return guarded
 
 
 _LATER = "route_localnet stays as it is: the run sets it once its guard is in force"
@@ -59,6 +65,11 @@ def route_loopback(
     ours that did it.  So it does if that stood in other rules: these may be about to go.
     """
     settings = [item for item in plan(config, 1, route_localnet=guarded) if item.path == ROUTE_LOCALNET]
+    _remember(settings, tools, log, root)
+    return _apply(settings, log, False, root) if settings else True
+
+
+def _remember(settings: Sequence[Setting], tools: Collection[str], log: Log, root: Path) -> None:
     try:
         known = loopback.remembered()
         if known or any(sysctl.differs(setting, root) for setting in settings):
@@ -68,7 +79,6 @@ def route_loopback(
             "cannot remember that route_localnet was set here: `proxyctl cleanup` will leave it and its guard",
             error=error,
         )
-    return _apply(settings, log, False, root) if settings else True
 
 
 def _apply(settings: Sequence[Setting], log: Log, strict: bool, root: Path) -> bool:

@@ -63,8 +63,8 @@ def run_proxy(options: RunOptions) -> int:
     cell = load_backend(options.backend, trace=trace)
     if options.init_only:
         served = Capability.LOCALHOST_NODE_PORT in cell.info.capabilities and config.localhost_node_ports
-        guarded = served and hostsetup.is_loopback_guarded(log=get("host"))
-        return 0 if hostsetup.prepare(config, log=get("host"), strict=True, route_localnet=guarded) else 1
+        guard = hostsetup.loopback_guard(log=get("host")) if served else ""
+        return 0 if hostsetup.prepare(config, log=get("host"), strict=True, guard=guard) else 1
     observers = load_observers(
         BUILT_IN_OBSERVERS if options.safe else config.observers_enabled,
         {*config.observers_disabled, *(() if cell.info.conntrack else ("conntrack",))},

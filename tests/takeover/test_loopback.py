@@ -23,7 +23,7 @@ from proxycore.testing.lab import Lab
 from proxycore.testing.netns import Namespace
 from proxycore.testing.states import HOST, context
 
-from .rules import VARIANTS, load, others, saved
+from .rules import OTHER_VARIANT, VARIANTS, load, others, saved
 
 pytestmark = pytest.mark.root
 
@@ -125,7 +125,43 @@ def test_an_init_container_sets_it_behind_a_kubelets_guard(namespace, tmp_path, 
     before = saved(namespace, variant, "IPv4")
     init_only(namespace, tmp_path)
     assert knob(namespace) == "1"
+    after = saved(namespace, variant, "IPv4")
+    assert [line for line in after.splitlines() if not line.startswith(REMEMBERED)] == before.splitlines()
+    assert after != before
+    assert REMEMBERED not in saved(namespace, OTHER_VARIANT[variant], "IPv4")
+    # The kubelet has it that packets stay guarded; without it the setting goes back.
+    load(namespace, variant, "IPv4", "*mangle\n-X KUBE-KUBELET-CANARY\n-X KUBE-IPTABLES-HINT\nCOMMIT\n")
+    assert "net.ipv4.conf.all.route_localnet = 1" in cleaned(namespace)
+    assert knob(namespace) == "0"
+    assert REMEMBERED not in saved(namespace, variant, "IPv4")
+    assert GUARD in saved(namespace, variant, "IPv4")
+    assert cleaned(namespace) == ()
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_an_init_container_remembers_nothing_where_it_is_set_already(namespace, tmp_path, variant):
+    load(namespace, variant, "IPv4", others("IPv4"))
+    knob(namespace, "1")
+    init_only(namespace, tmp_path)
+    assert REMEMBERED not in saved(namespace, variant, "IPv4")
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_what_kube_proxy_goes_on_with_stays_set(namespace, tmp_path, variant):
+    """An init container of ours was here once, and never a run."""
+    load(namespace, variant, "IPv4", others("IPv4"))
+    init_only(namespace, tmp_path)
+    load(namespace, variant, "IPv4", "*mangle\n-X KUBE-KUBELET-CANARY\n-X KUBE-IPTABLES-HINT\nCOMMIT\n")
+    load(namespace, variant, "IPv4", "*nat\n:KUBE-SERVICES - [0:0]\n-A OUTPUT -j KUBE-SERVICES\nCOMMIT\n")
+    before = saved(namespace, variant, "IPv4")
+    assert cleaned(namespace) == ()
+    assert knob(namespace) == "1"
     assert saved(namespace, variant, "IPv4") == before
+
+
+def cleaned(namespace: Namespace) -> tuple[str, ...]:
+    backend = load_backend("iptables")
+    return namespace.call(lambda: backend.call("proxycore_backend_cleanup", context=context(HOST))).removed
 
 
 def test_an_init_container_leaves_it_to_the_run_without_a_guard(namespace, tmp_path):
@@ -225,11 +261,6 @@ def variant(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
-def cleaned(lab: Lab) -> tuple[str, ...]:
-    backend = load_backend("iptables")
-    return lab.node.call(lambda: backend.call("proxycore_backend_cleanup", context=context(HOST))).removed
-
-
 def test_a_run_sets_it_once_and_cleaning_up_takes_it_back(lab, cluster, variant):
     knob(lab.node, "0")
     cluster.configure("iptables", {"variant": variant}, {"nodePortAddresses": ["0.0.0.0/0"]})
@@ -249,7 +280,7 @@ def test_a_run_sets_it_once_and_cleaning_up_takes_it_back(lab, cluster, variant)
         wait_until(lambda: "10.180.0.3" in saved(lab.node, variant, "IPv4"), proxy.tail)
         assert proxy.stop() is None, proxy.tail()
     assert REMEMBERED in saved(lab.node, variant, "IPv4")
-    assert "net.ipv4.conf.all.route_localnet = 1" in cleaned(lab)
+    assert "net.ipv4.conf.all.route_localnet = 1" in cleaned(lab.node)
     assert knob(lab.node) == "0"
     assert "KUBE" not in saved(lab.node, variant, "IPv4")
 

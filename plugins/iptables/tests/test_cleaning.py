@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 from proxycore.errors import KernelError
-from proxycore.kernel import xtables
+from proxycore.kernel import xtables, xtlock
 from proxycore.testing.states import HOST, context, frontend, name_of, node_port, numbered, service
 from proxycore_iptables import cleaning, counting
 
@@ -29,6 +29,7 @@ STATES = (
 )
 LOCALNET = "*nat\n:KUBE-SVC-LOCALNET - [0:0]\nCOMMIT\n"
 MARK = ":KUBE-SVC-PROXYCORE "
+OTHER = {"legacy": "nft", "nft": "legacy"}
 
 
 def clean(node: Node) -> tuple[str, ...]:
@@ -106,10 +107,71 @@ def test_rules_of_others_in_the_guards_chain_keep_what_leads_there(served):
 
 @pytest.mark.parametrize("chain", ["KUBE-KUBELET-CANARY", "KUBE-IPTABLES-HINT"])
 def test_a_kubelets_guard_stays(served, chain):
+    """And the setting, on which it may count."""
     served.iptables("-t", "mangle", "-N", chain)
-    clean(served)
+    told = clean(served)
     assert firewall(served) == {GUARD, *JUMPS}
-    assert route_localnet(served) == "0"
+    assert route_localnet(served) == "1"
+    tools = f"iptables-{served.variant}"
+    seen = f"there is a kubelet (chain {chain} in {tools} mangle)"
+    assert f"net.ipv4.conf.all.route_localnet stays 1: {seen}" in told
+    [line] = [line for line in told if "KUBE-FIREWALL" in line]
+    assert line.startswith(f"{tools} filter: chain KUBE-FIREWALL and -A ")
+    assert all(jump in line for jump in JUMPS)
+    assert line.endswith(seen)
+    assert MARK not in served.ruleset()
+    assert clean(served) == ()
+
+
+def test_a_kubelet_of_the_other_variant_keeps_the_setting_and_so_the_guard(served):
+    other = Node(served.namespace, OTHER[served.variant])
+    other.iptables("-t", "mangle", "-N", "KUBE-KUBELET-CANARY")
+    told = clean(served)
+    assert firewall(served) == {GUARD, *JUMPS}
+    assert route_localnet(served) == "1"
+    assert any("stays for the kubelet's sake" in line for line in told)
+
+
+def test_a_held_lock_is_waited_for_before_anything_is_touched(served, monkeypatch):
+    monkeypatch.setattr(xtables, "LOCK_SECONDS", 0.2)
+    other = Node(served.namespace, OTHER[served.variant])
+    before = [each.ruleset(family) for each in (served, other) for family in FAMILIES]
+    numbers = counters(served)
+    with xtlock.held(0):
+        if served.variant == "nft":
+            assert clean(served)
+            return
+        with pytest.raises(
+            KernelError, match=r"^nothing was changed: the xtables lock .* was held by process \d+ "
+        ):
+            clean(served)
+    after = [each.ruleset(family) for each in (served, other) for family in FAMILIES]
+    assert list(map(without_times, after)) == list(map(without_times, before))
+    assert route_localnet(served) == "1"
+    assert counters(served) == numbers
+    assert clean(served)
+    assert "KUBE" not in served.ruleset()
+
+
+def without_times(text: str) -> list[str]:
+    return [line.partition(" [")[0] for line in text.splitlines() if not line.startswith("#")]
+
+
+def test_a_chain_that_stays_for_a_rule_of_others_is_named_with_it(served):
+    served.iptables("-t", "nat", "-N", "CNI-SETMARK")
+    rule = "-A CNI-SETMARK -s 10.1.0.0/16 -j KUBE-MARK-MASQ"
+    served.iptables("-t", "nat", *rule.split())
+    served.iptables("-t", "nat", "-A", "CNI-SETMARK", "-j", "KUBE-SERVICES")
+    told = clean(served)
+    tools = f"iptables-{served.variant} nat:"
+    assert f"{tools} chain KUBE-MARK-MASQ stays because of {rule}" in told
+    [line] = [line for line in told if "KUBE-SERVICES, which stays" in line]
+    assert line.startswith(f"{tools} rules of chain ")
+    assert sum("stays because of" in line for line in told) == 2
+    assert {name for table, name in served.chains() if name.startswith("KUBE-")} == {
+        "KUBE-MARK-MASQ",
+        "KUBE-SERVICES",
+    }
 
 
 def test_without_the_mark_nothing_is_touched(served):
