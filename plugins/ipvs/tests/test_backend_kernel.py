@@ -159,3 +159,12 @@ def test_what_others_take_away_is_found(lab: Lab, start: Callable[..., Any]) -> 
 def test_timeouts_of_the_configuration(lab: Lab, start: Callable[..., Any]) -> None:
     start(tcpTimeoutSeconds=1234.0)
     assert "1234" in lab.node.run(["ipvsadm", "-L", "--timeout"]).stdout
+
+
+def test_the_node_reaches_an_endpoint_on_its_own_address(lab: Lab, start: Callable[..., Any]) -> None:
+    own = CLIENT_ADDRESSES["node"][0]
+    lab.serve_node({own}, {8080})
+    backend = start()
+    apply(backend, full(web(f"{own}:8080"), facts=FACTS))
+    assert ask(lab, Call("node", own, "172.30.0.1")) == f"{own}:8080"
+    assert ask(lab, CALL) == f"{own}:8080"
