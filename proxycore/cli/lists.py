@@ -11,7 +11,7 @@ from ..backend import BackendContext
 from ..cell import BackendCell, Trace
 from ..config import Loaded, dump, load
 from ..config.kubeproxy import MODES
-from ..errors import KernelError, PluginError, ProxyError, SourceError
+from ..errors import ConfigError, KernelError, PluginError, ProxyError, SourceError
 from ..host import InterfaceAddress
 from ..kernel import presence
 from ..kernel.families import usable_families
@@ -63,6 +63,9 @@ def _backend_row(listed: Listed, probe: bool) -> Row:
             problems += probed.problems
             seen = probed.facts
             state = "unfit" if problems else "fit"
+        except ConfigError as error:
+            problems += error.lines
+            state = "unfit"
         except ProxyError as error:
             problems.append(str(error))
             state = "broken"

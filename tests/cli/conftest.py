@@ -30,6 +30,8 @@ class Plugin:
 
     @hookimpl
     def proxycore_backend_probe(self, context):
+        if wrong := os.environ.get("MADE_UP_WRONG"):
+            raise ConfigError("is wrong", field=wrong)
         return Probe(facts={"colour": "blue"}, problems=PROBLEMS)
 
     @hookimpl

@@ -58,6 +58,20 @@ def test_probe_asks_the_host(
     assert row["facts"] == ["colour=blue"]
 
 
+def test_probe_lists_a_backend_that_finds_the_configuration_wrong(
+    installed: Installed, proxyctl: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MADE_UP_WRONG", "mem.colour")
+    installed.environ["MADE_UP_WRONG"] = "mem.colour"
+    code, out, _ = proxyctl("backends", "--probe", "-o", "json")
+    row = next(row for row in json.loads(out) if row["name"] == "mem")
+    assert (code, row["state"], row["problems"]) == (0, "unfit", ["mem.colour: is wrong"])
+    process = installed.popen("run", "--backend", "mem", "--source", f"file:{installed.manifests}")
+    out, err = process.communicate(timeout=60)
+    assert (process.returncode, out) == (2, "")
+    assert err.splitlines()[-1] == "proxyctl: error: mem.colour: is wrong"
+
+
 def test_render_prints_native_text_only(installed: Installed, proxyctl: Run) -> None:
     code, out, err = proxyctl(
         "render", "--backend", "mem", "--set", "clusterCIDR=10.244.0.0/16", installed.manifests

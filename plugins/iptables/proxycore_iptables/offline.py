@@ -9,7 +9,6 @@ from typing import NamedTuple
 from proxycore.api import (
     BackendContext,
     ChangeBatch,
-    ConfigError,
     Family,
     KernelError,
     Operation,
@@ -39,11 +38,13 @@ def probe(context: BackendContext) -> Probe:
 
     Legacy is asked by python-iptables, in a worker process for each family, which counts what there is of ours or kube-proxy's
     as well: it reads a large table in about a second, as it knows most rules by where they lead alone.
+
+    Raises ConfigError: the options are wrong, on this host as on any other.
     """
+    options = parse_options(context.options)
     try:
-        options = parse_options(context.options)
         chosen = choose(context.families, options.variant)
-    except (ConfigError, KernelError) as error:
+    except KernelError as error:
         return Probe(problems=(str(error),))
     problems: list[str] = []
     warnings = [f"rules in the other variant are in force beside ours: {other}" for other in chosen.others]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import re
 from collections.abc import Mapping
 from typing import Any, Literal
@@ -32,7 +33,8 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
     chains_per_restore: int = 1000
 
 
-_FIELDS: Mapping[str, tuple[str, tuple[Any, ...] | range | type]] = {
+_Allowed = tuple[str, ...] | range | type[bool]
+_FIELDS: Mapping[str, tuple[str, _Allowed]] = {
     "variant": ("variant", ("auto", "legacy", "nft")),
     "localhostNodePorts": ("localhost_node_ports", bool),
     "dropInvalid": ("drop_invalid", ("auto", "always", "never")),
@@ -42,27 +44,57 @@ _FIELDS: Mapping[str, tuple[str, tuple[Any, ...] | range | type]] = {
     "chainsPerRestore": ("chains_per_restore", range(1, 1_000_001)),
 }
 """Name in the configuration: field, and what may stand there."""
+_SHOWN = 80
+"""So much of a wrong value is repeated, in characters."""
 
 
 def parse_options(given: Mapping[str, Any]) -> Options:
-    """Options from `backendOptions.iptables`.  Raises ConfigError naming the field."""
+    """Options from `backendOptions.iptables`.  Raises ConfigError naming every wrong one; `field` is the first's."""
     values: dict[str, Any] = {}
+    wrong: dict[str, str] = {}
     for name, value in given.items():
-        field = f"backendOptions.iptables.{name}"
-        if name not in _FIELDS:
-            raise ConfigError(f"no such setting; there are {', '.join(_FIELDS)}", field=field)
-        attribute, allowed = _FIELDS[name]
-        if isinstance(allowed, type):
-            fits, wanted = isinstance(value, allowed), "true or false"
-        elif isinstance(allowed, range):
-            fits = isinstance(value, int) and not isinstance(value, bool) and value in allowed
-            wanted = f"a number from {allowed.start} to {allowed.stop - 1}"
-        else:
-            fits, wanted = value in allowed, f"one of {', '.join(allowed)}"
-        if not fits:
-            raise ConfigError(f"{value!r} is not {wanted}", field=field)
-        values[attribute] = value
+        known = _FIELDS.get(name)
+        reason = _unknown(name) if known is None else _unfit(value, known[1])
+        if reason:
+            wrong[f"backendOptions.iptables.{name}"] = reason
+        elif known is not None:
+            values[known[0]] = value
+    if wrong:
+        raise ConfigError(
+            field=next(iter(wrong)), lines=[f"{field}: {reason}" for field, reason in wrong.items()]
+        )
     return Options(**values)
+
+
+def _unknown(name: str) -> str:
+    """Why a name is wrong, with what was meant: names are compared without case and separators."""
+    plain = {known.lower(): known for known in _FIELDS}
+    close = difflib.get_close_matches(re.sub("[-_. ]", "", name[:100]).lower(), plain, n=1)
+    if not close:
+        return f"no such setting; there are {', '.join(_FIELDS)}"
+    meant = plain[close[0]]
+    return f"no such setting; did you mean {meant} ({_wanted(_FIELDS[meant][1])})?"
+
+
+def _unfit(value: Any, allowed: _Allowed) -> str:
+    """Why a value cannot stand where these are allowed; empty if it can."""
+    if isinstance(allowed, type):
+        fits = isinstance(value, allowed)
+    elif isinstance(allowed, range):
+        fits = isinstance(value, int) and not isinstance(value, bool) and value in allowed
+    else:
+        fits = value in allowed
+    shown = repr(value)
+    shown = shown if len(shown) <= _SHOWN else f"{shown[: _SHOWN - 3]}..."
+    return "" if fits else f"{shown} is not {_wanted(allowed)}"
+
+
+def _wanted(allowed: _Allowed) -> str:
+    if isinstance(allowed, type):
+        return "true or false"
+    if isinstance(allowed, range):
+        return f"a number from {allowed.start} to {allowed.stop - 1}"
+    return f"one of {', '.join(allowed)}"
 
 
 class Features(msgspec.Struct, frozen=True, kw_only=True):
