@@ -26,6 +26,7 @@ from .config.model import Takeover as Mode
 from .errors import InternalError, KernelError, ProxyError
 from .kernel import kubeproxy, presence
 from .kernel.kubeproxy import Census, Part
+from .kubechains import KEPT_MARKERS, TableRules
 from .logs import Log
 from .model import HostState
 from .plugins import list_plugins, load_backend
@@ -165,7 +166,8 @@ class Takeover:
         found = self._census() if started else self._census_before()
         for reason in found.unread:
             self._once("kube-proxy's rules may be here unseen", reason)
-        return found
+        rules = tuple((tools, table) for tools, table in found.rules if not _only_remembers(table))
+        return msgspec.structs.replace(found, rules=rules)
 
     def _census(self) -> Census:
         """What is not the backend's."""
@@ -346,6 +348,11 @@ class Takeover:
                     error=answer.error,
                     do=f"stop this proxy, run `proxyctl cleanup --backend {name}`, start it again",
                 )
+
+
+def _only_remembers(rules: TableRules) -> bool:
+    """Is there nothing but what an init container of ours left, for cleaning up?"""
+    return not rules.jumps and KEPT_MARKERS.issuperset(rules.chains)
 
 
 def reason_to_wait(status: Status) -> str | None:

@@ -81,6 +81,18 @@ def test_refusing_names_what_is_there_and_what_to_do(namespace, said):
 
 
 @pytest.mark.parametrize("mode", ["auto", "refuse", "leave"])
+@pytest.mark.parametrize("variant", ["legacy", "nft"])
+def test_what_an_init_container_of_ours_remembers_is_not_kube_proxys(namespace, said, mode, variant):
+    load(namespace, variant, "IPv4", "*nat\n:KUBE-SVC-LOCALNET - [0:0]\nCOMMIT\n")
+    takeover = made(mode)
+    namespace.call(takeover.refuse_if_needed)
+    assert namespace.call(takeover.after_first_sync)
+    assert takeover.problem is None
+    assert entries(said, "warning") == []
+    assert ":KUBE-SVC-LOCALNET" in saved(namespace, variant, "IPv4")
+
+
+@pytest.mark.parametrize("mode", ["auto", "refuse", "leave"])
 def test_an_empty_node_is_nobodys(namespace, said, mode):
     takeover = made(mode, pauses=(60.0,))
     namespace.call(takeover.refuse_if_needed)

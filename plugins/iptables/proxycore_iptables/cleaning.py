@@ -230,12 +230,12 @@ def _take_guard(tools: Tools, why_not: str, kubelet: str) -> Iterator[str]:
         return
     if kubelet or why_not:
         # Nobody can tell who made them, as ours are like the kubelet's.
-        stays = " and ".join((f"{tools} filter: chain KUBE-FIREWALL", *found.jumps))
+        staying = " and ".join((f"{tools} filter: chain KUBE-FIREWALL", *found.jumps))
         if kubelet:
-            yield f"{stays} stay, also what of it is ours: there is a kubelet ({kubelet})"
+            yield f"{staying} stay, also what of it is ours: there is a kubelet ({kubelet})"
         else:
             yield (
-                f"{stays} stay: without them net.ipv4.conf.all.route_localnet, which {why_not}, would open loopback "
+                f"{staying} stay: without them net.ipv4.conf.all.route_localnet, which {why_not}, would open loopback "
                 "addresses to other hosts"
             )
         return
