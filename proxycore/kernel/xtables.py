@@ -7,6 +7,7 @@ rules in both.  Nothing here loads a kernel module: only tables that exist are r
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno as errnos
 import os
 import re
@@ -16,7 +17,7 @@ import subprocess
 import threading
 from collections.abc import Callable, Collection, Generator, Iterable, Iterator
 from pathlib import Path
-from typing import Literal, NamedTuple, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
 
 from ..errors import KernelError
 from ..model import Family
@@ -27,7 +28,9 @@ T = TypeVar("T")
 Variant = Literal["legacy", "nft"]
 
 READ_SECONDS = 120.0
-WRITE_SECONDS = 600.0
+WRITE_SECONDS = 180.0
+KILLED_SECONDS = 5.0
+"""So long a killed tool is waited for; one that hangs inside the kernel does not end."""
 HELP_SECONDS = 10.0
 LOCK_SECONDS = 10
 _PREFIX: dict[Family, str] = {"IPv4": "iptables", "IPv6": "ip6tables"}
@@ -179,10 +182,11 @@ def _lines(tools: Tools, options: tuple[str, ...]) -> Generator[str, None, None]
             process = subprocess.Popen(
                 [tools.save, *options], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=complaints,
                 text=True, encoding="utf-8", errors="surrogateescape",
+                preexec_fn=_ending_with_us(), process_group=0,
             )  # fmt: skip
         except OSError as error:
             raise _cannot_run(tools.save, error) from error
-        timer = threading.Timer(READ_SECONDS, process.kill)
+        timer = threading.Timer(READ_SECONDS, _kill, (process,))
         timer.daemon = True
         timer.start()
         try:
@@ -192,11 +196,9 @@ def _lines(tools: Tools, options: tuple[str, ...]) -> Generator[str, None, None]
             status = process.wait()
         finally:
             timer.cancel()
-            if process.poll() is None:
-                process.kill()
-                process.wait()
+            _end(process)
         if status == -signal.SIGKILL:
-            raise KernelError(f"{tools.save} did not end within {READ_SECONDS:g} s and was killed")
+            raise _hung(tools, tools.save, process.pid, READ_SECONDS)
         if status:
             complaints.seek(0)
             said = complaints.read()
@@ -275,23 +277,87 @@ def restore(tools: Tools, text: str, lock_seconds: int = LOCK_SECONDS, *, test: 
     before the one for which it was held are in force; KernelError: the tool could not be run (nothing was changed), or
     was ended because it took too long: each table is as it was or as it should be.
     """
+    options = ("--noflush", "-w", str(lock_seconds), *(("--test",) if test else ()))
+    status, said = _fed(tools, options, text.encode("utf-8", "surrogateescape"))
+    if status or (test and is_missing_module(said)):
+        if is_lock_held(status, said):
+            raise LockHeld(lock_seconds, xtlock.holders(), xtlock.path())
+        raise _refused(tools, status, said, text)
+
+
+def _fed(tools: Tools, options: tuple[str, ...], text: bytes) -> tuple[int, str]:
+    """One run of the tool on this input: its exit status and complaints."""
     try:
-        done = subprocess.run(
-            [tools.restore, "--noflush", "-w", str(lock_seconds), *(("--test",) if test else ())],
-            input=text.encode("utf-8", "surrogateescape"),
-            capture_output=True,
-            timeout=WRITE_SECONDS,
-            check=False,
-        )
+        process = subprocess.Popen(
+            [tools.restore, *options], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            preexec_fn=_ending_with_us(), process_group=0,
+        )  # fmt: skip
     except OSError as error:
         raise _cannot_run(tools.restore, error) from error
+    try:
+        _, complaints = process.communicate(text, timeout=WRITE_SECONDS)
     except subprocess.TimeoutExpired as error:
-        raise KernelError(f"{tools.restore} did not end within {WRITE_SECONDS:g} s and was killed") from error
-    said = done.stderr.decode("utf-8", "replace")
-    if done.returncode or (test and is_missing_module(said)):
-        if is_lock_held(done.returncode, said):
-            raise LockHeld(lock_seconds, xtlock.holders(), xtlock.path())
-        raise _refused(tools, done.returncode, said, text)
+        ended = _end(process)
+        raise _hung(tools, tools.restore, process.pid, WRITE_SECONDS, ended=ended) from error
+    except BaseException:
+        _end(process)
+        raise
+    return process.returncode, complaints.decode("utf-8", "replace")
+
+
+def _kill(process: subprocess.Popen[Any]) -> None:
+    """Kill a tool and what it started: the program may be a script around another."""
+    if process.poll() is None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+
+
+def _end(process: subprocess.Popen[Any]) -> bool:
+    """Kill a tool; has it ended?  Its pipes are closed unread: who left its group may hold them for ever."""
+    _kill(process)
+    for pipe in (process.stdin, process.stdout, process.stderr):
+        if pipe is not None:
+            with contextlib.suppress(OSError):
+                pipe.close()
+    try:
+        process.wait(KILLED_SECONDS)
+    except subprocess.TimeoutExpired:
+        return False
+    return True
+
+
+_PR_SET_PDEATHSIG = 1
+# Found beforehand: between fork and exec no library may be looked for, as another thread may hold the loader's lock.
+_PRCTL = ctypes.CDLL(None).prctl
+
+
+def _ending_with_us() -> Callable[[], None]:
+    """What a tool's process calls before it becomes the tool, so that it ends with the thread that started it.
+
+    However this process ends: a tool that is left behind would hold the xtables lock, or write old rules over new ones.
+    Of a script that starts another program and waits for it, the script alone ends so.
+    """
+    parent = os.getpid()
+
+    def ask_to_be_killed() -> None:
+        _PRCTL(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+        if os.getppid() != parent:
+            os._exit(1)
+
+    return ask_to_be_killed
+
+
+def _hung(tools: Tools, program: str, pid: int, seconds: float, *, ended: bool = True) -> KernelError:
+    """A tool that was killed because it took too long."""
+    what = f"{program} (process {pid}) did not end within {seconds:g} s and was killed"
+    if not ended:
+        return KernelError(
+            f"{what}, but hangs in the kernel: `cat /proc/{pid}/stack` shows where; if it does not end, restart the host"
+        )
+    lock = f"who holds {xtlock.path()} (`lslocks`), " if tools.variant == "legacy" else ""
+    return KernelError(
+        f"{what}: see {lock}whether `{tools.save}` ends when it is run by hand, and what the kernel says (`dmesg`)"
+    )
 
 
 def _cannot_run(program: str, error: OSError) -> KernelError:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from errno import EPERM
 from pathlib import Path
 
@@ -398,10 +400,93 @@ def with_only(capabilities: str) -> list[str]:
     return ["setpriv", f"--bounding-set=-all{words}", f"--inh-caps=-all{words}", "--"]
 
 
-def test_a_hanging_restore_is_ended(tmp_path, monkeypatch):
-    monkeypatch.setattr(xtables, "WRITE_SECONDS", 0.1)
-    hanging = Path(tmp_path, "hanging")
-    hanging.write_text("#!/bin/sh\nexec sleep 600\n")
-    hanging.chmod(0o755)
-    with pytest.raises(KernelError, match=r"did not end within 0\.1 s and was killed"):
-        xtables.restore(Tools("nft", "IPv4", "", str(hanging)), "")
+# -- tools that hang --
+
+CALLS = {
+    "restore": lambda tools: xtables.restore(tools, "*nat\nCOMMIT\n"),
+    "save": lambda tools: xtables.save(tools, list),
+}
+LEFT_ALONE = """
+import sys, threading
+from proxycore.kernel import xtables
+tools = xtables.Tools("nft", "IPv4", sys.argv[2], sys.argv[2])
+calls = {"restore": lambda: xtables.restore(tools, "*nat\\nCOMMIT\\n"), "save": lambda: xtables.save(tools, list)}
+threading.Thread(target=calls[sys.argv[1]]).start()
+"""
+
+
+def script(folder: Path, *lines: str) -> str:
+    """A program that first writes its process id to the file `pid` in the folder."""
+    path = folder / "hanging"
+    path.write_text(
+        "\n".join(("#!/bin/sh", f"echo $$ >{folder}/new && mv {folder}/new {folder}/pid", *lines, ""))
+    )
+    path.chmod(0o755)
+    return str(path)
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    for _ in range(3000):
+        if condition():
+            return
+        time.sleep(0.01)
+    raise AssertionError("it never came")
+
+
+def has_ended(pid: int) -> bool:
+    try:
+        status = Path(f"/proc/{pid}/stat").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return True
+    return status.rpartition(")")[2].split()[0] in "ZX"
+
+
+@pytest.mark.parametrize("call", CALLS)
+@pytest.mark.parametrize("variant", ["legacy", "nft"])
+def test_one_that_hangs_is_killed_and_named(tmp_path, monkeypatch, call, variant):
+    """With what it started, if it is a script around another program that holds its output open."""
+    monkeypatch.setattr(xtables, "WRITE_SECONDS", 1.0)
+    monkeypatch.setattr(xtables, "READ_SECONDS", 1.0)
+    program = script(tmp_path, f"sleep 600 & echo $! >{tmp_path}/child; wait")
+    with pytest.raises(KernelError) as caught:
+        CALLS[call](Tools(variant, "IPv4", program, program))
+    pid, child = (int((tmp_path / name).read_text()) for name in ("pid", "child"))
+    assert str(caught.value).startswith(
+        f"{program} (process {pid}) did not end within 1 s and was killed: see "
+    )
+    assert f"whether `{program}` ends when it is run by hand" in str(caught.value)
+    assert (xtlock.path() in str(caught.value)) is (variant == "legacy")
+    assert has_ended(pid)
+    wait_for(lambda: has_ended(child))
+
+
+def test_one_that_cannot_be_killed_is_not_waited_for(tmp_path, monkeypatch):
+    """As one that hangs inside the kernel."""
+    monkeypatch.setattr(xtables, "WRITE_SECONDS", 1.0)
+    monkeypatch.setattr(xtables, "KILLED_SECONDS", 0.01)
+    spared: list[subprocess.Popen[bytes]] = []
+    monkeypatch.setattr(xtables, "_kill", spared.append)
+    with pytest.raises(KernelError) as caught:
+        xtables.restore(Tools("nft", "IPv4", "", script(tmp_path, "exec sleep 600")), "")
+    [process] = spared
+    assert f"(process {process.pid}) did not end within 1 s and was killed, but hangs in the kernel" in str(
+        caught.value
+    )
+    assert f"`cat /proc/{process.pid}/stack`" in str(caught.value)
+    process.kill()
+    process.wait()
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_none_is_left_behind(tmp_path, call):
+    """Whoever called it is killed without a chance to do anything about it."""
+    program = script(tmp_path, "exec sleep 600")
+    with subprocess.Popen([sys.executable, "-c", LEFT_ALONE, call, program]) as caller:
+        try:
+            wait_for((tmp_path / "pid").exists)
+            pid = int((tmp_path / "pid").read_text())
+            assert not has_ended(pid)
+            assert os.getpgid(pid) == pid
+        finally:
+            caller.kill()
+    wait_for(lambda: has_ended(pid))
