@@ -99,8 +99,11 @@ def test_what_is_no_guard_in_force(namespace, variant, lines):
 # -- an init container --
 
 
-def init_only(namespace: Namespace, tmp_path: Path, **values: object) -> list[dict[str, object]]:
+def init_only(
+    namespace: Namespace, tmp_path: Path, *, takeover: str = "auto", **values: object
+) -> list[dict[str, object]]:
     """What it says."""
+    tmp_path.mkdir(exist_ok=True)
     config = tmp_path / "config.yaml"
     kube_proxy = {
         "apiVersion": "kubeproxy.config.k8s.io/v1alpha1",
@@ -111,6 +114,7 @@ def init_only(namespace: Namespace, tmp_path: Path, **values: object) -> list[di
     }
     config.write_text(json.dumps(kube_proxy))
     words = ["run", "--init-only", "--backend", "iptables", "--log-format", "json", "--config", str(config)]
+    words += ["--takeover", takeover]
     (tmp_path / "objects").mkdir(exist_ok=True)
     done = namespace.run(
         [sys.executable, "-m", "proxycore", *words, "--source", f"file:{tmp_path / 'objects'}"], check=False
@@ -306,3 +310,18 @@ def test_a_run_without_a_guard_leaves_it(lab, cluster, values, options):
         assert "KUBE-FIREWALL" not in saved(lab.node, "nft", "IPv4")
         assert REMEMBERED not in saved(lab.node, "nft", "IPv4")
         assert proxy.stop() is None, proxy.tail()
+
+
+@pytest.mark.parametrize("mode", ["refuse", "auto"])
+def test_a_run_goes_on_after_an_init_container(lab, cluster, tmp_path, variant, mode):
+    load(lab.node, variant, "IPv4", others("IPv4"))
+    knob(lab.node, "0")
+    init_only(lab.node, tmp_path / "init", takeover=mode)
+    assert knob(lab.node) == "1"
+    assert (REMEMBERED in saved(lab.node, variant, "IPv4")) == (mode == "auto")
+    cluster.configure("iptables", {"variant": variant}, more={"takeover": mode})
+    with cluster.proxy() as proxy:
+        wait_until(lambda: "10.180.0.1" in saved(lab.node, variant, "IPv4"), proxy.tail)
+        assert proxy.stop() is None, proxy.tail()
+    assert "level=error" not in cluster.said()
+    assert (REMEMBERED in saved(lab.node, variant, "IPv4")) == (mode == "auto")
