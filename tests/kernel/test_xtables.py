@@ -410,6 +410,10 @@ LEFT_ALONE = """
 import sys, threading
 from proxycore.kernel import xtables
 tools = xtables.Tools("nft", "IPv4", sys.argv[2], sys.argv[2])
+if sys.argv[3] == "alone":
+    xtables._guard = lambda: ()
+elif not xtables._guard():
+    sys.exit("setpriv is not used")
 calls = {"restore": lambda: xtables.restore(tools, "*nat\\nCOMMIT\\n"), "save": lambda: xtables.save(tools, list)}
 threading.Thread(target=calls[sys.argv[1]]).start()
 """
@@ -477,11 +481,25 @@ def test_one_that_cannot_be_killed_is_not_waited_for(tmp_path, monkeypatch):
     process.wait()
 
 
+@pytest.mark.parametrize("said", ["echo unknown option >&2; exit 1", "exec sleep 0"])
+def test_a_setpriv_that_cannot_is_not_used(tmp_path, monkeypatch, said):
+    """As that of busybox."""
+    program = tmp_path / "setpriv"
+    program.write_text(f"#!/bin/sh\n{said}\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    assert bool(xtables._guard.__wrapped__()) is said.endswith("0")
+    program.unlink()
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert xtables._guard.__wrapped__() == ()
+
+
 @pytest.mark.parametrize("call", CALLS)
-def test_none_is_left_behind(tmp_path, call):
+@pytest.mark.parametrize("how", ["setpriv", "alone"])
+def test_none_is_left_behind(tmp_path, call, how):
     """Whoever called it is killed without a chance to do anything about it."""
     program = script(tmp_path, "exec sleep 600")
-    with subprocess.Popen([sys.executable, "-c", LEFT_ALONE, call, program]) as caller:
+    with subprocess.Popen([sys.executable, "-c", LEFT_ALONE, call, program, how]) as caller:
         try:
             wait_for((tmp_path / "pid").exists)
             pid = int((tmp_path / "pid").read_text())
