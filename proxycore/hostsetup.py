@@ -21,7 +21,6 @@ def prepare(
     log: Log,
     strict: bool,
     guard: str = "",
-    remember: bool = True,
     root: Path = Path("/"),
     cpus: int | None = None,
 ) -> bool:
@@ -30,11 +29,10 @@ def prepare(
     `strict` is for `--init-only`: each knob that should have been set and could not is an error in the log, and the
     result False; those that nobody can set in this network namespace excepted, and this process's own left out.  Without
     it one line names them all, and the result is always True.  `guard`: name of the tools in whose rules loopback addresses
-    are guarded: packets of these are routed then, and with `remember` their nat table says so, as in route_loopback().  Raises
-    nothing.
+    are guarded: packets of these are routed then, and their nat table says so, as in route_loopback().  Raises nothing.
     """
     settings = plan(config, sysctl.online_cpus() if cpus is None else cpus, route_localnet=bool(guard))
-    if guard and remember:
+    if guard:
         _remember([item for item in settings if item.path == ROUTE_LOCALNET], (guard,), log, root)
     return _apply(settings, log, strict, root)
 

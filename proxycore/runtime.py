@@ -64,10 +64,7 @@ def run_proxy(options: RunOptions) -> int:
     if options.init_only:
         served = Capability.LOCALHOST_NODE_PORT in cell.info.capabilities and config.localhost_node_ports
         guard = hostsetup.loopback_guard(log=get("host")) if served else ""
-        # A run that refuses whatever chains it finds would take the one that remembers for kube-proxy's.
-        remember = options.takeover != "refuse"
-        prepared = hostsetup.prepare(config, log=get("host"), strict=True, guard=guard, remember=remember)
-        return 0 if prepared else 1
+        return 0 if hostsetup.prepare(config, log=get("host"), strict=True, guard=guard) else 1
     observers = load_observers(
         BUILT_IN_OBSERVERS if options.safe else config.observers_enabled,
         {*config.observers_disabled, *(() if cell.info.conntrack else ("conntrack",))},

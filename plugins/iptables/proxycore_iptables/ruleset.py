@@ -74,7 +74,7 @@ class Ruleset:
     @property
     def chains(self) -> int:
         """How many chains of ours and kube-proxy's there are."""
-        return sum(map(len, self.present.values()))
+        return sum(map(len, self.present.values())) - len(KEPT_MARKERS & self.present["nat"].keys())
 
     @property
     def is_marked(self) -> bool:
