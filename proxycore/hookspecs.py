@@ -48,7 +48,7 @@ class BackendSpec:
 
     @hookspec(firstresult=True)
     def proxycore_backend_probe(self, context: BackendContext) -> Probe:  # type: ignore[empty-body]
-        """Can this host carry the backend?  Leaves no trace on the host."""
+        """Can this host carry the backend?  Leaves no trace on the host.  Raises ConfigError: its options are wrong."""
 
     @hookspec(firstresult=True)
     def proxycore_backend_start(self, context: BackendContext) -> Started:  # type: ignore[empty-body]

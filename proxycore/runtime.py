@@ -336,7 +336,10 @@ class _Proxy:
 
 
 def probe(cell: BackendCell, context: BackendContext, log: Log) -> None:
-    """Ask the backend whether this host can carry it.  Raises KernelError naming what is missing."""
+    """Ask the backend whether this host can carry it.
+
+    Raises KernelError naming what is missing; ConfigError: the backend's options are wrong.
+    """
     found = cell.probe(context)
     if found.facts:
         log.info("host", **{key.replace(" ", "_"): value for key, value in found.facts.items()})
