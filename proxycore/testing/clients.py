@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import socket
 import threading
@@ -54,7 +55,14 @@ def who(made: socket.socket) -> str:
 
 def ask(lab: Lab, call: Call, seconds: float = CONNECT_SECONDS) -> str:
     """Connect, and ask who answers.  Raises OSError or ValueError when nobody does."""
-    with connected(lab, call, seconds) as made:
+    try:
+        opened = connected(lab, call, seconds)
+    except OSError as error:
+        if error.errno != errno.EADDRNOTAVAIL:
+            raise
+        # The port belongs to a connection of the client's own that is still open; nothing was sent.
+        opened = connected(lab, call, seconds)
+    with opened as made:
         answer = who(made)
         made.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
     return answer

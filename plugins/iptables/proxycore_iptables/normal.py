@@ -227,6 +227,8 @@ def _options(words: Sequence[str]) -> Iterator[_Option]:
         if word == "!":
             negated = not negated
             continue
+        if not _SAFE.fullmatch(word):
+            raise _NoRule
         if not word.startswith("-") and not negated:
             raise _NoRule
         values: list[str] = []

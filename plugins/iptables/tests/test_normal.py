@@ -93,7 +93,7 @@ statistic --mode random --probability 0.3 MARK --set-mark --or-mark unknown --un
 """
 
 
-@settings(deadline=None)
+@settings(max_examples=300, deadline=None)
 @given(st.lists(st.sampled_from(WORDS.split()), max_size=14))
 def test_any_words_have_a_form_that_is_its_own(words):
     form = normal(" ".join(words))
