@@ -19,8 +19,13 @@ from ..errors import KernelError
 NAME = "\0proxycore/run"
 WAIT_SECONDS = 10.0
 """So long a successor waits for its predecessor to end."""
+ANSWER_SECONDS = 1.0
+"""So long a holder may take to answer."""
 _PAUSE_SECONDS = 0.1
+_LOOK_AGAIN_SECONDS = 0.005
 _PEER = struct.Struct("iII")
+_greeters: dict[socket.socket, threading.Thread] = {}
+"""The thread that answers visitors, by sign."""
 
 
 class Holder(NamedTuple):
@@ -55,8 +60,10 @@ def claim(wait_seconds: float = WAIT_SECONDS) -> socket.socket | None:
                 ) from None
             time.sleep(_PAUSE_SECONDS)
         else:
-            sign.listen(16)
-            threading.Thread(target=_greet, args=(sign,), name="presence", daemon=True).start()
+            sign.listen(128)
+            greeter = threading.Thread(target=_greet, args=(sign,), name="presence", daemon=True)
+            _greeters[sign] = greeter
+            greeter.start()
             return sign
 
 
@@ -72,20 +79,32 @@ def _greet(sign: socket.socket) -> None:
 
 def let_go(sign: socket.socket) -> None:
     """Give the name back."""
-    # A thread in accept() keeps the socket alive past close().
+    # A thread in accept() keeps the socket alive past close(), until it has noticed.
     with suppress(OSError):
         sign.shutdown(socket.SHUT_RDWR)
     sign.close()
+    greeter = _greeters.pop(sign, None)
+    if greeter is not None:
+        greeter.join(ANSWER_SECONDS)
 
 
 def holder() -> Holder | None:
     """Who holds the name; None when nobody does."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC) as visitor:
-        visitor.settimeout(1.0)
-        try:
-            visitor.connect(NAME)
-            raw = visitor.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEER.size)
-        except OSError:
-            return None
+        visitor.settimeout(ANSWER_SECONDS)
+        end = time.monotonic() + ANSWER_SECONDS
+        while True:
+            try:
+                visitor.connect(NAME)
+                raw = visitor.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEER.size)
+            except BlockingIOError:
+                # The kernel does not let one wait in a full queue: it is held, and its holder is busy.
+                if time.monotonic() >= end:
+                    return None
+                time.sleep(_LOOK_AGAIN_SECONDS)
+            except OSError:
+                return None
+            else:
+                break
     pid, uid, _ = _PEER.unpack(raw)
     return Holder(pid, uid)
