@@ -105,7 +105,7 @@ def _loads(services: int, *, full: bool) -> Iterator[Row]:
     yield from _figures(pieces, label)
     yield Row(what=f"full load in one restore, {label}", value=whole.load, unit="s")
     for what, other, bar in (
-        ("full load in pieces", pieces.load, 5 if full else 1.5),
+        ("full load in pieces", pieces.load, 10 if full else 1.5),
         ("one endpoint removed", pieces.one, 50 if full else 10),
     ):
         yield Row(
@@ -175,7 +175,7 @@ def _connections(variant: str, services: int, *, full: bool) -> Iterator[Row]:
     label = f"{variant}, {services:,} Services"
     for (layout, what), value in p50.items():
         yield Row(what=f"connection to {what}, {layout}, p50, {label}", value=value * 1e6, unit="us")
-    bars = {"the last Service": 0.8, "no Service": 0.6} if full else {}
+    bars = {"the last Service": 0.7, "no Service": 0.6} if full else {}
     for what in targets:
         yield Row(
             what=f"connection to {what}, tree / row, {label}",
