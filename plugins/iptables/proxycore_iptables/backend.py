@@ -97,7 +97,6 @@ class IptablesBackend:
         self._opened: Host | None = None
         self._rulesets: dict[Family, Ruleset] = {}
         self._state: HostState | None = None
-        self._context: BackendContext | None = None
         self._counts = counts.Totals()
         self._verify_after = self._deep_after = 0.0
 
@@ -131,7 +130,7 @@ class IptablesBackend:
         except BaseException:
             host.close()
             raise
-        self._opened, self._context, self._state = host, context, context.host
+        self._opened, self._state = host, context.host
         # The first reading of what an earlier run wrote is where this one's counts begin.
         self._counts = counts.Totals(adopted=[f for f, ruleset in self._rulesets.items() if ruleset.chains])
         return Started(

@@ -7,12 +7,13 @@ from collections.abc import Mapping
 import msgspec
 
 from proxycore.api import Drift, ServicePortName
+from proxycore.kubechains import is_kube_proxys
 
 from .listing import Listing
 from .live import Live
 from .normal import normal
 from .rules import MARKER, Jump, Rules, TableName, mark
-from .ruleset import ALL_TABLES, GUARDED, Ruleset, ours
+from .ruleset import ALL_TABLES, GUARDED, Ruleset
 
 _SHOWN = 3
 
@@ -50,7 +51,7 @@ def compare(ruleset: Ruleset, live: Live, listing: Listing) -> tuple[list[Drift]
         for table in ALL_TABLES
         for chain in ruleset.present[table]
         if chain not in expected[table] | dict.fromkeys(ruleset.kept, 0)
-        and ours(table, chain)
+        and is_kube_proxys(table, chain)
         and (table, chain) not in ruleset.used
     ]
     drift: list[Drift] = []

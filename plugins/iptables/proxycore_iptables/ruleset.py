@@ -9,7 +9,7 @@ from proxycore.api import Family, HostState, ServicePortName, ServiceState
 from proxycore.kubechains import KEPT_MARKERS, is_jump, is_kube_proxys, target_of
 
 from .dispatch import Shared
-from .frame import FORWARD, frame
+from .frame import FORWARD
 from .listing import Listing
 from .normal import normal
 from .program import Present, Section
@@ -171,7 +171,7 @@ class Ruleset:
                     target = (target_of(f"-A {chain} {rule}") or "") if "KUBE-" in rule else ""
                     if target == GUARDED.chain or (is_jump(chain, target) and is_plain(rule, target)):
                         self.put((Jump(table, chain, rule),))
-                    elif ours(table, target):
+                    elif is_kube_proxys(table, target):
                         # Somebody else's rule, such as one that marks packets for masquerading.
                         used.add((table, target))
         self.used = frozenset(used)
@@ -248,11 +248,6 @@ def ensured_rules(framed: Frame) -> tuple[Jump, ...]:
     return (*(Jump(GUARDED.table, GUARDED.chain, rule) for rule in guard), *framed.jumps)
 
 
-def framed_of(shape: Shape) -> Frame:
-    """The frame of a shape."""
-    return frame(shape)
-
-
 def entries_of(rules: Iterable[ServiceRules]) -> dict[Place, list[Entry]]:
     """Entries of many Service ports by shared chain."""
     found: dict[Place, list[Entry]] = {}
@@ -265,8 +260,3 @@ def entries_of(rules: Iterable[ServiceRules]) -> dict[Place, list[Entry]]:
 def shown(table: str, chain: str) -> bool:
     """Is a chain one whose content is wanted of a listing?"""
     return is_kube_proxys(table, chain) or (table, chain) == GUARDED
-
-
-def ours(table: str, chain: str) -> bool:
-    """Is a chain one that we or kube-proxy make?"""
-    return is_kube_proxys(table, chain)

@@ -12,10 +12,10 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 import msgspec
 
 from proxycore.api import HostState, ServicePortName, ServiceState
-from proxycore.kubechains import TREE
+from proxycore.kubechains import TREE, is_kube_proxys
 
 from .dispatch import Shared
-from .frame import FORWARD
+from .frame import FORWARD, frame
 from .program import Draft, Piece, leaving, pieces, union
 from .render import render
 from .rules import MARKER, Entry, Place, Rule, Rules, ServiceRules, TableName, mark
@@ -25,8 +25,6 @@ from .ruleset import (
     Ruleset,
     count,
     entries_of,
-    framed_of,
-    ours,
 )
 
 REMEMBERED_ENDPOINTS = 20_000
@@ -52,7 +50,7 @@ class Work:
         self.endpoints = ruleset.endpoints_after(changes, full)
         self.shape = ruleset.shape_for(host, self.endpoints)
         self.whole = full or ruleset.unsettled or self.shape != ruleset.shape
-        self.frame = framed_of(self.shape) if self.whole else ruleset.frame
+        self.frame = frame(self.shape) if self.whole else ruleset.frame
         self.failed: dict[ServicePortName, str] = {}
         self.dropped: set[ServicePortName] = set()
         self._touched: dict[Place, set[str]] = {}
@@ -348,7 +346,7 @@ class Work:
                     wanted.update(shared.chains())
             if table == "nat":
                 wanted |= self._wanted
-            gone = [chain for chain in present if chain not in wanted and ours(table, chain)]
+            gone = [chain for chain in present if chain not in wanted and is_kube_proxys(table, chain)]
         elif table == "nat":
             before = {chain for name in self._states for chain in self._ruleset.rules_of(name).chains}
             gone = [chain for chain in before - self._wanted if chain in present]
